@@ -1,0 +1,9 @@
+//! DeepSeek Sparse Attention with cross-layer index reuse (IndexCache).
+//!
+//! The product is the C ABI in `include/indexcache/indexcache.h`; this crate is what stands behind it.
+
+#[cfg(not(panic = "unwind"))]
+compile_error!("indexcache turns panics into statuses and must be built with panic = \"unwind\"");
+
+pub mod error;
+pub mod tensor;
