@@ -6,4 +6,5 @@
 compile_error!("indexcache turns panics into statuses and must be built with panic = \"unwind\"");
 
 pub mod error;
+pub mod plan;
 pub mod tensor;
