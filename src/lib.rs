@@ -5,6 +5,11 @@
 #[cfg(not(panic = "unwind"))]
 compile_error!("indexcache turns panics into statuses and must be built with panic = \"unwind\"");
 
+pub mod audit;
+pub mod backend;
 pub mod error;
+pub mod fp8;
+pub mod layout;
+pub mod ops;
 pub mod plan;
 pub mod tensor;

@@ -1,0 +1,3 @@
+//! What executes the operations.
+
+pub mod cpu;
