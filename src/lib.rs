@@ -7,6 +7,9 @@ compile_error!("indexcache turns panics into statuses and must be built with pan
 
 pub mod audit;
 pub mod backend;
+pub mod cache;
+pub mod capi;
+pub mod context;
 pub mod error;
 pub mod fp8;
 pub mod layout;

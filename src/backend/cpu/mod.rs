@@ -10,6 +10,7 @@ pub mod reference;
 use crate::error::{Error, Result, Status};
 use crate::layout;
 use crate::ops::*;
+use std::ffi::CStr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Instruction sets with code of their own. All give the same bits.
@@ -25,6 +26,15 @@ pub enum Isa {
 }
 
 impl Isa {
+    /// Name for people.
+    pub const fn name(self) -> &'static CStr {
+        match self {
+            Isa::Scalar => c"scalar",
+            Isa::Avx2 => c"avx2",
+            Isa::Avx512 => c"avx512",
+        }
+    }
+
     /// The best one here.
     pub fn detect() -> Self {
         #[cfg(target_arch = "x86_64")]
@@ -86,6 +96,12 @@ impl Cpu {
             return Err(Error::new(Status::Unsupported, format!("isa: {isa:?} is not here")));
         }
         Ok(Cpu { isa, ..Self::new(threads)? })
+    }
+
+    /// The instruction set in use.
+    #[doc(hidden)]
+    pub fn isa(&self) -> Isa {
+        self.isa
     }
 
     /// Threads in the pool.
