@@ -1275,7 +1275,8 @@ idxc_status idxc_context_get_info(const struct idxc_context *context, struct idx
  * Quantises new indexer keys and writes them to their pages. A host calls it for Full layers only: Shared layers own
  * no index K.
  *
- * Fp8 pages: per token `scale = max|k| / 448` (1 for an all-zero key), values `k / scale` rounded to nearest even.
+ * Fp8 pages: per token `scale = max(max|k|, 1e-4) / 448`, as servers store it, and values `k / scale` rounded to nearest
+ * even.
  * Bfloat16 pages: the key rounded to bfloat16; flags other than `IDXC_FLAG_HADAMARD` do not apply.
  *
  * - Ownership: everything stays the caller's.
@@ -1379,7 +1380,7 @@ idxc_status idxc_indices_to_slots(const struct idxc_context *context,
 
 /**
  * Writes new KV rows to their pages, quantising them for the 656-byte fp8 layout: per 128 latent values one scale,
- * `max|v| / 448` rounded up to a power of two.
+ * `max(max|v| / 448, 1e-4)` rounded up to a power of two, as servers store it.
  *
  * - Ownership: everything stays the caller's.
  * - Threads: any; two calls must not write the same slots at once.
@@ -2022,7 +2023,8 @@ idxc_status idxc_attend(const struct idxc_cache *cache,
  * Quantises new indexer keys and writes them to their pages. A host calls it for Full layers only: Shared layers own
  * no index K.
  *
- * Fp8 pages: per token `scale = max|k| / 448` (1 for an all-zero key), values `k / scale` rounded to nearest even.
+ * Fp8 pages: per token `scale = max(max|k|, 1e-4) / 448`, as servers store it, and values `k / scale` rounded to nearest
+ * even.
  * Bfloat16 pages: the key rounded to bfloat16; flags other than `IDXC_FLAG_HADAMARD` do not apply.
  *
  * - Ownership: everything stays the caller's.
@@ -2126,7 +2128,7 @@ idxc_status idxc_indices_to_slots(const struct idxc_context *context,
 
 /**
  * Writes new KV rows to their pages, quantising them for the 656-byte fp8 layout: per 128 latent values one scale,
- * `max|v| / 448` rounded up to a power of two.
+ * `max(max|v| / 448, 1e-4)` rounded up to a power of two, as servers store it.
  *
  * - Ownership: everything stays the caller's.
  * - Threads: any; two calls must not write the same slots at once.

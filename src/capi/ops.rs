@@ -205,7 +205,8 @@ pub(super) unsafe fn attention_args<'a>(
 /// Quantises new indexer keys and writes them to their pages. A host calls it for Full layers only: Shared layers own
 /// no index K.
 ///
-/// Fp8 pages: per token `scale = max|k| / 448` (1 for an all-zero key), values `k / scale` rounded to nearest even.
+/// Fp8 pages: per token `scale = max(max|k|, 1e-4) / 448`, as servers store it, and values `k / scale` rounded to nearest
+/// even.
 /// Bfloat16 pages: the key rounded to bfloat16; flags other than `IDXC_FLAG_HADAMARD` do not apply.
 ///
 /// - Ownership: everything stays the caller's.
@@ -485,7 +486,7 @@ pub unsafe extern "C" fn idxc_indices_to_slots(
 }
 
 /// Writes new KV rows to their pages, quantising them for the 656-byte fp8 layout: per 128 latent values one scale,
-/// `max|v| / 448` rounded up to a power of two.
+/// `max(max|v| / 448, 1e-4)` rounded up to a power of two, as servers store it.
 ///
 /// - Ownership: everything stays the caller's.
 /// - Threads: any; two calls must not write the same slots at once.
