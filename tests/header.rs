@@ -193,7 +193,7 @@ fn every_exported_body_is_guarded() {
                     || body.contains("guard_value(")
                     || body.contains("take(\"idxc_"),
                 "unguarded: {}",
-                body.lines().nth(0).unwrap_or("").to_owned() + body.lines().nth(1).unwrap_or("")
+                body.lines().next().unwrap_or("").to_owned() + body.lines().nth(1).unwrap_or("")
             );
         }
     }
