@@ -138,6 +138,39 @@ impl<'a> Tensor<'a> {
         shape: &[usize],
         strides: &[usize],
     ) -> Result<Self> {
+        if ptr.is_null() && !shape.contains(&0) {
+            return Err(Error::invalid(name, "a data pointer", "NULL"));
+        }
+        Self::describe(name, ptr, device, dtype, shape, strides)
+    }
+
+    /// A tensor without memory, for questions about shapes. Its views refuse access.
+    pub fn without_data(
+        name: &'static str,
+        device: Device,
+        dtype: DType,
+        shape: &[usize],
+        strides: &[usize],
+    ) -> Result<Self> {
+        Self::describe(name, std::ptr::null_mut(), device, dtype, shape, strides)
+    }
+
+    /// The same memory, or lack of it, under other extents.
+    ///
+    /// # Safety
+    /// The new extents must reach only elements that the old ones reach.
+    pub unsafe fn with_extents(&self, shape: &[usize], strides: &[usize]) -> Result<Self> {
+        Self::describe(self.name, self.ptr, self.device, self.dtype, shape, strides)
+    }
+
+    fn describe(
+        name: &'static str,
+        ptr: *mut u8,
+        device: Device,
+        dtype: DType,
+        shape: &[usize],
+        strides: &[usize],
+    ) -> Result<Self> {
         if shape.len() > MAX_NDIM || shape.len() != strides.len() {
             return Err(Error::invalid(
                 name,
@@ -145,11 +178,7 @@ impl<'a> Tensor<'a> {
                 format_args!("{} dimensions, {} strides", shape.len(), strides.len()),
             ));
         }
-        let empty = shape.contains(&0);
-        if !empty {
-            if ptr.is_null() {
-                return Err(Error::invalid(name, "a data pointer", "NULL"));
-            }
+        if !shape.contains(&0) {
             if !ptr.addr().is_multiple_of(dtype.size()) {
                 return Err(Error::invalid(
                     name,
@@ -318,7 +347,7 @@ impl<'a> Tensor<'a> {
             ptr: self.ptr.cast(),
             shape,
             strides,
-            on_host: self.device == Device::Cpu,
+            on_host: self.device == Device::Cpu && !self.ptr.is_null(),
             _memory: PhantomData,
         })
     }
@@ -383,7 +412,7 @@ impl<'a, T: Element, const N: usize> View<'a, T, N> {
     }
 
     fn offset(&self, index: &[usize]) -> usize {
-        assert!(self.on_host, "host access to device memory");
+        assert!(self.on_host, "host access to device memory, or to none");
         assert_eq!(index.len() + 1, N);
         index.iter().zip(self.shape).zip(self.strides).fold(0, |o, ((&i, n), s)| {
             assert!(i < n, "row {i} of {n}");

@@ -12,6 +12,7 @@ use super::{bytes_mut, give, guard, handle, handle_mut, idxc_status, out_pointer
 use crate::cache::{Cache, CacheShape};
 use crate::context::Backend;
 use crate::error::{Error, Result};
+use crate::ops::IndexForm;
 use crate::tensor::{Device, Tensor};
 use std::ffi::c_void;
 
@@ -458,14 +459,13 @@ pub unsafe extern "C" fn idxc_attend_workspace(
         // SAFETY: by this function's contract; `size` was checked.
         unsafe {
             let cache = &handle(cache, "cache")?.0;
-            let rows = tensor(descriptor(desc, "desc")?.q, "q", Access::ShapeOnly)?
-                .shape()
-                .first()
-                .copied()
-                .unwrap_or(0);
-            // Without a block table the map is the identity, in either form: the size is the same.
-            let any = |_| Ok((cache.rows(rows)?, crate::ops::IndexForm::Logical));
-            let op = attention_args(desc, any, Access::ShapeOnly)?.check()?;
+            let d = descriptor(desc, "desc")?;
+            let rows = tensor(d.q, "q", Access::ShapeOnly)?.shape().first().copied().unwrap_or(0);
+            // The size does not depend on the form; what the descriptor has no map for must be slots.
+            let mapped = !(d.block_table.is_null() && d.row_start.is_null());
+            let form = if mapped { IndexForm::Logical } else { IndexForm::Slots };
+            let op = attention_args(desc, |_| Ok((cache.rows(rows)?, form)), Access::ShapeOnly)?
+                .check()?;
             let Backend::Cpu(cpu) = cache.context().backend();
             size.write(op.workspace(cpu.threads()));
         }

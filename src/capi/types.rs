@@ -72,7 +72,7 @@ pub struct idxc_tensor {
 pub(super) enum Access {
     /// Elements are read or written.
     Elements,
-    /// A size query: `data` may be NULL.
+    /// A size query: `data` is not looked at.
     ShapeOnly,
 }
 
@@ -148,16 +148,16 @@ pub(super) unsafe fn optional_tensor<'a>(
     };
     let offset = usize::try_from(t.byte_offset)
         .map_err(|_| Error::invalid(name, "a byte_offset in range", t.byte_offset))?;
-    let data = match access {
-        Access::ShapeOnly if t.data.is_null() => std::ptr::without_provenance_mut(64),
-        _ if t.data.is_null() => std::ptr::null_mut(),
-        _ => t.data.cast::<u8>().wrapping_add(offset),
-    };
-    // SAFETY: by this function's contract; a dangling pointer is made for size queries only, which touch no element.
-    unsafe {
-        Tensor::from_raw_parts(name, data, device, dtype, &shape[..ndim], &strides[..ndim])
-            .map(Some)
+    let (shape, strides) = (&shape[..ndim], &strides[..ndim]);
+    if access == Access::ShapeOnly {
+        return Tensor::without_data(name, device, dtype, shape, strides).map(Some);
     }
+    let data = match t.data.cast::<u8>() {
+        data if data.is_null() => data,
+        data => data.wrapping_add(offset),
+    };
+    // SAFETY: by this function's contract.
+    unsafe { Tensor::from_raw_parts(name, data, device, dtype, shape, strides).map(Some) }
 }
 
 /// A C struct that starts with `uint32_t struct_size, flags` and whose all-zero value means "defaults".

@@ -161,16 +161,7 @@ impl<'a> SparseAttentionArgs<'a> {
         let t = if let (&[tokens, width], &[step, inner]) = (t.shape(), t.strides()) {
             let (shape, strides) = ([1, tokens, width], [0, step, inner]);
             // SAFETY: the same elements behind one more dimension of extent 1.
-            unsafe {
-                Tensor::from_raw_parts(
-                    t.name(),
-                    t.as_ptr(),
-                    t.device(),
-                    t.dtype(),
-                    &shape,
-                    &strides,
-                )?
-            }
+            unsafe { t.with_extents(&shape, &strides)? }
         } else {
             t
         };

@@ -143,7 +143,8 @@ fn separate(out: &Tensor<'_>, others: &[Option<&Tensor<'_>>]) -> Result<()> {
     for t in others.iter().flatten() {
         let (all, row) = extents(t);
         let (a, b) = (out.as_ptr().addr(), t.as_ptr().addr());
-        if out_all == 0 || all == 0 || a + out_all <= b || b + all <= a {
+        let none = out.as_ptr().is_null() || t.as_ptr().is_null(); // Only shapes are asked about.
+        if none || out_all == 0 || all == 0 || a + out_all <= b || b + all <= a {
             continue;
         }
         let step = |t: &Tensor<'_>| t.strides().first().map_or(0, |s| s * t.dtype().size());
@@ -205,14 +206,5 @@ fn byte_pages<'a>(t: &Tensor<'a>, bytes: usize) -> Result<Tensor<'a>> {
         ));
     }
     // SAFETY: the same memory, each page's dimensions flattened; it has no gaps inside a page.
-    unsafe {
-        Tensor::from_raw_parts(
-            t.name(),
-            t.as_ptr(),
-            t.device(),
-            DType::U8,
-            &[t.shape()[0], bytes],
-            &[stride, 1],
-        )
-    }
+    unsafe { t.with_extents(&[t.shape()[0], bytes], &[stride, 1]) }
 }
