@@ -18,11 +18,10 @@ fn root() -> &'static Path {
 }
 
 fn cbindgen_header() -> String {
-    let mut builder = cbindgen::Builder::new()
-        .with_config(cbindgen::Config::from_file(root().join("cbindgen.toml")).unwrap());
-    for name in SOURCES.iter().chain(&["table"]) {
-        builder = builder.with_src(root().join(format!("src/capi/{name}.rs")));
-    }
+    // cbindgen follows the `mod` lines.
+    let builder = cbindgen::Builder::new()
+        .with_config(cbindgen::Config::from_file(root().join("cbindgen.toml")).unwrap())
+        .with_src(root().join("src/capi/mod.rs"));
     let mut text = Vec::new();
     builder.generate().unwrap().write(&mut text);
     tidy(&String::from_utf8(text).unwrap())
@@ -88,10 +87,10 @@ fn functions(header: &str) -> Vec<Function> {
     found
 }
 
-/// Fields of each struct that starts with `struct_size`, in order.
-fn descriptors(header: &str) -> Vec<(String, usize)> {
+/// Each struct that starts with `struct_size`, with its initialiser.
+fn initialisers(header: &str) -> Vec<(String, String)> {
     let mut found = Vec::new();
-    let mut current: Option<(String, usize, bool)> = None;
+    let mut current: Option<(String, Vec<&str>)> = None;
     let mut in_comment = false;
     for line in header.lines() {
         let t = line.trim();
@@ -103,17 +102,21 @@ fn descriptors(header: &str) -> Vec<(String, usize)> {
             continue;
         }
         if let Some(name) = t.strip_prefix("typedef struct ").and_then(|r| r.strip_suffix(" {")) {
-            current = Some((name.to_owned(), 0, false));
-        } else if let Some((name, fields, sized)) = &mut current {
-            if t.starts_with('}') {
-                if *sized {
-                    found.push((name.clone(), *fields));
-                }
-                current = None;
-            } else if t.ends_with(';') {
-                *sized |= *fields == 0 && t == "uint32_t struct_size;";
-                *fields += 1;
+            current = Some((name.to_owned(), Vec::new()));
+        } else if t.starts_with('}') {
+            if let Some((name, fields)) = current.take()
+                && let Some((&"uint32_t struct_size;", rest)) = fields.split_first()
+            {
+                // NULL, because hosts build with -Wzero-as-null-pointer-constant; no cast, because of -Wold-style-cast.
+                let zeros: String =
+                    rest.iter().map(|f| if f.contains('*') { ", NULL" } else { ", 0" }).collect();
+                let value = format!("{{ sizeof({name}){zeros} }}");
+                found.push((name, value));
             }
+        } else if let Some((_, fields)) = &mut current
+            && t.ends_with(';')
+        {
+            fields.push(t);
         }
     }
     found
@@ -123,11 +126,9 @@ fn full_header() -> String {
     let base = cbindgen_header();
     let functions = functions(&base);
     let mut extra = String::new();
-    for (name, fields) in descriptors(&base) {
-        let zeros = ", 0".repeat(fields - 1);
-        let upper = name.to_uppercase();
+    for (name, value) in initialisers(&base) {
         writeln!(extra, "/** Initialiser of `{name}`: all defaults. */").unwrap();
-        writeln!(extra, "#define {upper}_INIT {{ (uint32_t)sizeof({name}){zeros} }}\n").unwrap();
+        writeln!(extra, "#define {}_INIT {value}\n", name.to_uppercase()).unwrap();
     }
     writeln!(extra, "/** The functions above, for hosts that load the library at run time; see `idxc_get_api`. */").unwrap();
     writeln!(extra, "struct idxc_api {{").unwrap();
@@ -171,7 +172,8 @@ fn every_function_is_in_the_table_and_says_its_promises() {
     let functions = functions(&cbindgen_header());
     let names: Vec<&str> = functions.iter().map(|f| f.name.as_str()).collect();
     for name in indexcache::capi::table::NAMES {
-        assert!(names.contains(name), "{name} is in the table but not in the header");
+        let times = names.iter().filter(|n| *n == name).count();
+        assert!(times == 1, "{name} is in the table once, in the header {times} times");
     }
     for f in &functions {
         let in_table = indexcache::capi::table::NAMES.contains(&f.name.as_str());

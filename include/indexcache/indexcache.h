@@ -15,7 +15,7 @@
  * Conventions. Functions return a status; text about the last error is in idxc_last_error(). Nothing is printed, and no
  * panic or exception crosses this interface. Structs that start with struct_size are initialised with their _INIT macro,
  * so that headers and libraries of different age work together: 0 and NULL always mean the default. Tensors are borrowed
- * for the call. NULL handles and pointers are refused, not followed.
+ * for the call. NULL handles and pointers are refused, not followed. A workspace may start at any address.
  *
  * C99 and C++11. Generated from the Rust sources: do not edit. */
 
@@ -41,6 +41,56 @@
 #define IDXC_LOG_INFO 2
 
 /**
+ * Device type: host memory (DLPack `kDLCPU`).
+ */
+#define IDXC_DEVICE_CPU 1
+
+/**
+ * Device type: CUDA device memory (DLPack `kDLCUDA`).
+ */
+#define IDXC_DEVICE_CUDA 2
+
+/**
+ * Device type: page-locked host memory (DLPack `kDLCUDAHost`); read as host memory.
+ */
+#define IDXC_DEVICE_CUDA_HOST 3
+
+/**
+ * Type code of signed integers (DLPack `kDLInt`).
+ */
+#define IDXC_DTYPE_INT 0
+
+/**
+ * Type code of unsigned integers (DLPack `kDLUInt`).
+ */
+#define IDXC_DTYPE_UINT 1
+
+/**
+ * Type code of IEEE floats (DLPack `kDLFloat`).
+ */
+#define IDXC_DTYPE_FLOAT 2
+
+/**
+ * Type code of bfloat16 (DLPack `kDLBfloat`).
+ */
+#define IDXC_DTYPE_BFLOAT 4
+
+/**
+ * Type code of fp8 e4m3, finite (DLPack `kDLFloat8_e4m3fn`).
+ */
+#define IDXC_DTYPE_FLOAT8_E4M3FN 10
+
+/**
+ * Form of indices: positions within the request.
+ */
+#define IDXC_FORM_LOGICAL 0
+
+/**
+ * Form of indices: row numbers of the KV store (`page * page_size + offset`), valid under one block table only.
+ */
+#define IDXC_FORM_SLOTS 1
+
+/**
  * Backend: the best that the build and the machine have.
  */
 #define IDXC_BACKEND_AUTO 0
@@ -54,17 +104,6 @@
  * Backend: a CUDA device.
  */
 #define IDXC_BACKEND_CUDA 2
-
-/**
- * Flag of `idxc_index_k_write` and `idxc_index_q_quantize`: rotate by the orthonormal Hadamard matrix of `dim`
- * (a power of two) before quantising. Keys and queries must agree.
- */
-#define IDXC_FLAG_HADAMARD 1
-
-/**
- * Flag of `idxc_index_k_write` and `idxc_index_q_quantize`: round scales up to a power of two.
- */
-#define IDXC_FLAG_POW2_SCALE 2
 
 /**
  * Role: no sparse attention.
@@ -188,54 +227,15 @@
 #define IDXC_FLAG_INDEX_K_BF16 4
 
 /**
- * Device type: host memory (DLPack `kDLCPU`).
+ * Flag of `idxc_index_k_write` and `idxc_index_q_quantize`: rotate by the orthonormal Hadamard matrix of `dim`
+ * (a power of two) before quantising. Keys and queries must agree.
  */
-#define IDXC_DEVICE_CPU 1
+#define IDXC_FLAG_HADAMARD 1
 
 /**
- * Device type: CUDA device memory (DLPack `kDLCUDA`).
+ * Flag of `idxc_index_k_write` and `idxc_index_q_quantize`: round scales up to a power of two.
  */
-#define IDXC_DEVICE_CUDA 2
-
-/**
- * Device type: page-locked host memory (DLPack `kDLCUDAHost`); read as host memory.
- */
-#define IDXC_DEVICE_CUDA_HOST 3
-
-/**
- * Type code of signed integers (DLPack `kDLInt`).
- */
-#define IDXC_DTYPE_INT 0
-
-/**
- * Type code of unsigned integers (DLPack `kDLUInt`).
- */
-#define IDXC_DTYPE_UINT 1
-
-/**
- * Type code of IEEE floats (DLPack `kDLFloat`).
- */
-#define IDXC_DTYPE_FLOAT 2
-
-/**
- * Type code of bfloat16 (DLPack `kDLBfloat`).
- */
-#define IDXC_DTYPE_BFLOAT 4
-
-/**
- * Type code of fp8 e4m3, finite (DLPack `kDLFloat8_e4m3fn`).
- */
-#define IDXC_DTYPE_FLOAT8_E4M3FN 10
-
-/**
- * Form of indices: positions within the request.
- */
-#define IDXC_FORM_LOGICAL 0
-
-/**
- * Form of indices: row numbers of the KV store (`page * page_size + offset`), valid under one block table only.
- */
-#define IDXC_FORM_SLOTS 1
+#define IDXC_FLAG_POW2_SCALE 2
 
 /**
  * Opaque here; the header spells it out.
@@ -267,6 +267,237 @@ typedef int32_t idxc_status;
  * Must not call back into the library and must not throw.
  */
 typedef void (*idxc_log_callback)(int32_t level, const char *message, void *user);
+
+/**
+ * How to open a context.
+ */
+typedef struct idxc_context_desc {
+  /**
+   * `sizeof(idxc_context_desc)`, set by `IDXC_CONTEXT_DESC_INIT`.
+   */
+  uint32_t struct_size;
+  /**
+   * 0.
+   */
+  uint32_t flags;
+  /**
+   * One of `IDXC_BACKEND_…`.
+   */
+  int32_t backend;
+  /**
+   * CUDA: ordinal of the device. CPU: 0.
+   */
+  int32_t device_id;
+  /**
+   * CPU: worker threads, 0 for all cores. Results do not depend on it. CUDA: 0.
+   */
+  int32_t threads;
+  /**
+   * 0.
+   */
+  int32_t reserved;
+} idxc_context_desc;
+
+/**
+ * What a context turned out to be.
+ */
+typedef struct idxc_context_info {
+  /**
+   * `sizeof(idxc_context_info)`, set by `IDXC_CONTEXT_INFO_INIT`.
+   */
+  uint32_t struct_size;
+  /**
+   * 0.
+   */
+  uint32_t flags;
+  /**
+   * One of `IDXC_BACKEND_…`, never `IDXC_BACKEND_AUTO`.
+   */
+  int32_t backend;
+  /**
+   * Ordinal of the device.
+   */
+  int32_t device_id;
+  /**
+   * Worker threads of the CPU backend.
+   */
+  int32_t threads;
+  /**
+   * 0.
+   */
+  int32_t reserved;
+  /**
+   * Static string: the instruction set that the CPU backend uses.
+   */
+  const char *isa;
+} idxc_context_info;
+
+/**
+ * What a plan needs to know of the model besides the pattern.
+ */
+typedef struct idxc_model_desc {
+  /**
+   * `sizeof(idxc_model_desc)`, set by `IDXC_MODEL_DESC_INIT`.
+   */
+  uint32_t struct_size;
+  /**
+   * `IDXC_FLAG_MTP_SHARES`, `IDXC_FLAG_INDEX_K_BF16`.
+   */
+  uint32_t flags;
+  /**
+   * Decoder layers (`num_hidden_layers`), draft layers not counted.
+   */
+  int32_t layers;
+  /**
+   * Tokens that an indexer selects for a row (`index_topk`), 1 to 4096.
+   */
+  int32_t topk;
+  /**
+   * Draft (MTP) layers; their ids follow the decoder layers', and they are Full.
+   */
+  int32_t mtp_layers;
+  /**
+   * Dimension of index K. 0 means 128.
+   */
+  int32_t index_head_dim;
+} idxc_model_desc;
+
+/**
+ * What a plan, or one pipeline stage of it, comes to.
+ */
+typedef struct idxc_plan_info {
+  /**
+   * `sizeof(idxc_plan_info)`, set by `IDXC_PLAN_INFO_INIT`.
+   */
+  uint32_t struct_size;
+  /**
+   * 0.
+   */
+  uint32_t flags;
+  /**
+   * Stable hash of all that this plan means on its stage: for prefix-cache and graph keys.
+   */
+  uint64_t fingerprint;
+  /**
+   * The same of the whole model, equal on all its stages: for hand-shakes.
+   */
+  uint64_t model_fingerprint;
+  /**
+   * First layer of the stage.
+   */
+  int32_t first_layer;
+  /**
+   * One past its last layer, draft layers included.
+   */
+  int32_t end_layer;
+  /**
+   * Decoder layers of the whole model; draft layers have ids from here on.
+   */
+  int32_t decoder_layers;
+  /**
+   * Draft layers of this stage.
+   */
+  int32_t mtp_layers;
+  /**
+   * 1 if later draft steps reuse the draft's own indices.
+   */
+  int32_t mtp_shares;
+  /**
+   * Full decoder layers of this stage.
+   */
+  int32_t full_layers;
+  /**
+   * Shared decoder layers of this stage.
+   */
+  int32_t shared_layers;
+  /**
+   * int32 entries in a row of indices.
+   */
+  int32_t topk;
+  /**
+   * Layers of this stage that own index K: allocate that many, and none for Shared layers.
+   */
+  int32_t index_k_slots;
+  /**
+   * The Full layer of an earlier stage whose indices must be received (`idxc_publish`) before the first layer; -1 if
+   * none.
+   */
+  int32_t receives_from_layer;
+  /**
+   * The Full layer whose indices must be sent on to the next stage after the last layer; -1 if none.
+   */
+  int32_t sends_from_layer;
+  /**
+   * The Shared layer that this stage runs as Full because of `IDXC_FLAG_PROMOTE`; -1 if none.
+   */
+  int32_t promoted_layer;
+  /**
+   * Bytes of a row of indices, for buffers and hand-off.
+   */
+  int64_t row_bytes;
+  /**
+   * Bytes of index K a token on this stage.
+   */
+  double index_k_bytes_per_token;
+  /**
+   * Bytes of index K a token that the Shared layers do without.
+   */
+  double index_k_bytes_saved_per_token;
+  /**
+   * `IDXC_FIELD_…`: what decided the pattern.
+   */
+  int32_t field;
+  /**
+   * `IDXC_DIALECT_…` if a frequency decided, else -1.
+   */
+  int32_t dialect;
+  /**
+   * Number of notes (see `IDXC_EXPORT_JSON`): fields that were overruled, switched off or assumed.
+   */
+  int32_t notes;
+  /**
+   * 0.
+   */
+  int32_t reserved;
+} idxc_plan_info;
+
+/**
+ * What one layer does.
+ */
+typedef struct idxc_layer_info {
+  /**
+   * `sizeof(idxc_layer_info)`, set by `IDXC_LAYER_INFO_INIT`.
+   */
+  uint32_t struct_size;
+  /**
+   * 0.
+   */
+  uint32_t flags;
+  /**
+   * `IDXC_ROLE_…`.
+   */
+  int32_t role;
+  /**
+   * The layer whose indices it uses (itself if Full, maybe on an earlier stage if Shared); -1 if none.
+   */
+  int32_t source_layer;
+  /**
+   * Compact number of the index K that its indexer scores; -1 unless Full.
+   */
+  int32_t index_k_slot;
+  /**
+   * The layer that writes that index K (itself, unless the model shares index K between indexers); -1 unless Full.
+   */
+  int32_t index_k_owner;
+  /**
+   * Tokens that one selected entry names: 1, or a block.
+   */
+  int32_t block;
+  /**
+   * Tokens that one row of index K stands for: 1, or a pool.
+   */
+  int32_t key_pool;
+} idxc_layer_info;
 
 /**
  * Where memory is. Laid out as DLPack's `DLDevice`.
@@ -520,70 +751,6 @@ typedef struct idxc_attention_desc {
 } idxc_attention_desc;
 
 /**
- * How to open a context.
- */
-typedef struct idxc_context_desc {
-  /**
-   * `sizeof(idxc_context_desc)`, set by `IDXC_CONTEXT_DESC_INIT`.
-   */
-  uint32_t struct_size;
-  /**
-   * 0.
-   */
-  uint32_t flags;
-  /**
-   * One of `IDXC_BACKEND_…`.
-   */
-  int32_t backend;
-  /**
-   * CUDA: ordinal of the device. CPU: 0.
-   */
-  int32_t device_id;
-  /**
-   * CPU: worker threads, 0 for all cores. Results do not depend on it. CUDA: 0.
-   */
-  int32_t threads;
-  /**
-   * 0.
-   */
-  int32_t reserved;
-} idxc_context_desc;
-
-/**
- * What a context turned out to be.
- */
-typedef struct idxc_context_info {
-  /**
-   * `sizeof(idxc_context_info)`, set by `IDXC_CONTEXT_INFO_INIT`.
-   */
-  uint32_t struct_size;
-  /**
-   * 0.
-   */
-  uint32_t flags;
-  /**
-   * One of `IDXC_BACKEND_…`, never `IDXC_BACKEND_AUTO`.
-   */
-  int32_t backend;
-  /**
-   * Ordinal of the device.
-   */
-  int32_t device_id;
-  /**
-   * Worker threads of the CPU backend.
-   */
-  int32_t threads;
-  /**
-   * 0.
-   */
-  int32_t reserved;
-  /**
-   * Static string: the instruction set that the CPU backend uses.
-   */
-  const char *isa;
-} idxc_context_info;
-
-/**
  * Arguments of `idxc_index_k_write`.
  */
 typedef struct idxc_index_k_write_desc {
@@ -744,173 +911,6 @@ typedef struct idxc_kv_write_desc {
 } idxc_kv_write_desc;
 
 /**
- * What a plan needs to know of the model besides the pattern.
- */
-typedef struct idxc_model_desc {
-  /**
-   * `sizeof(idxc_model_desc)`, set by `IDXC_MODEL_DESC_INIT`.
-   */
-  uint32_t struct_size;
-  /**
-   * `IDXC_FLAG_MTP_SHARES`, `IDXC_FLAG_INDEX_K_BF16`.
-   */
-  uint32_t flags;
-  /**
-   * Decoder layers (`num_hidden_layers`), draft layers not counted.
-   */
-  int32_t layers;
-  /**
-   * Tokens that an indexer selects for a row (`index_topk`), 1 to 4096.
-   */
-  int32_t topk;
-  /**
-   * Draft (MTP) layers; their ids follow the decoder layers', and they are Full.
-   */
-  int32_t mtp_layers;
-  /**
-   * Dimension of index K. 0 means 128.
-   */
-  int32_t index_head_dim;
-} idxc_model_desc;
-
-/**
- * What a plan, or one pipeline stage of it, comes to.
- */
-typedef struct idxc_plan_info {
-  /**
-   * `sizeof(idxc_plan_info)`, set by `IDXC_PLAN_INFO_INIT`.
-   */
-  uint32_t struct_size;
-  /**
-   * 0.
-   */
-  uint32_t flags;
-  /**
-   * Stable hash of all that this plan means on its stage: for prefix-cache and graph keys.
-   */
-  uint64_t fingerprint;
-  /**
-   * The same of the whole model, equal on all its stages: for hand-shakes.
-   */
-  uint64_t model_fingerprint;
-  /**
-   * First layer of the stage.
-   */
-  int32_t first_layer;
-  /**
-   * One past its last layer, draft layers included.
-   */
-  int32_t end_layer;
-  /**
-   * Decoder layers of the whole model; draft layers have ids from here on.
-   */
-  int32_t decoder_layers;
-  /**
-   * Draft layers of this stage.
-   */
-  int32_t mtp_layers;
-  /**
-   * 1 if later draft steps reuse the draft's own indices.
-   */
-  int32_t mtp_shares;
-  /**
-   * Full decoder layers of this stage.
-   */
-  int32_t full_layers;
-  /**
-   * Shared decoder layers of this stage.
-   */
-  int32_t shared_layers;
-  /**
-   * int32 entries in a row of indices.
-   */
-  int32_t topk;
-  /**
-   * Layers of this stage that own index K: allocate that many, and none for Shared layers.
-   */
-  int32_t index_k_slots;
-  /**
-   * The Full layer of an earlier stage whose indices must be received (`idxc_publish`) before the first layer; -1 if
-   * none.
-   */
-  int32_t receives_from_layer;
-  /**
-   * The Full layer whose indices must be sent on to the next stage after the last layer; -1 if none.
-   */
-  int32_t sends_from_layer;
-  /**
-   * The Shared layer that this stage runs as Full because of `IDXC_FLAG_PROMOTE`; -1 if none.
-   */
-  int32_t promoted_layer;
-  /**
-   * Bytes of a row of indices, for buffers and hand-off.
-   */
-  int64_t row_bytes;
-  /**
-   * Bytes of index K a token on this stage.
-   */
-  double index_k_bytes_per_token;
-  /**
-   * Bytes of index K a token that the Shared layers do without.
-   */
-  double index_k_bytes_saved_per_token;
-  /**
-   * `IDXC_FIELD_…`: what decided the pattern.
-   */
-  int32_t field;
-  /**
-   * `IDXC_DIALECT_…` if a frequency decided, else -1.
-   */
-  int32_t dialect;
-  /**
-   * Number of notes (see `IDXC_EXPORT_JSON`): fields that were overruled, switched off or assumed.
-   */
-  int32_t notes;
-  /**
-   * 0.
-   */
-  int32_t reserved;
-} idxc_plan_info;
-
-/**
- * What one layer does.
- */
-typedef struct idxc_layer_info {
-  /**
-   * `sizeof(idxc_layer_info)`, set by `IDXC_LAYER_INFO_INIT`.
-   */
-  uint32_t struct_size;
-  /**
-   * 0.
-   */
-  uint32_t flags;
-  /**
-   * `IDXC_ROLE_…`.
-   */
-  int32_t role;
-  /**
-   * The layer whose indices it uses (itself if Full, maybe on an earlier stage if Shared); -1 if none.
-   */
-  int32_t source_layer;
-  /**
-   * Compact number of the index K that its indexer scores; -1 unless Full.
-   */
-  int32_t index_k_slot;
-  /**
-   * The layer that writes that index K (itself, unless the model shares index K between indexers); -1 unless Full.
-   */
-  int32_t index_k_owner;
-  /**
-   * Tokens that one selected entry names: 1, or a block.
-   */
-  int32_t block;
-  /**
-   * Tokens that one row of index K stands for: 1, or a pool.
-   */
-  int32_t key_pool;
-} idxc_layer_info;
-
-/**
  * Success.
  */
 #define IDXC_OK 0
@@ -1022,599 +1022,6 @@ idxc_status idxc_set_log_callback(idxc_log_callback callback,
                                   void *user);
 
 /**
- * Bytes of device memory that a cache of this size holds (`desc->buffer` is not looked at).
- *
- * - Ownership: everything stays the caller's.
- * - Threads: any.
- * - Stream: none.
- * - Graph capture: allowed; host only.
- * - Errors: `IDXC_ERR_INVALID` (argument named).
- */
-idxc_status idxc_cache_size(const struct idxc_plan *plan, const struct idxc_cache_desc *desc, size_t *size);
-
-/**
- * Makes an index cache for one model on one rank.
- *
- * - Ownership: `*out` is the caller's, for `idxc_cache_destroy`. It keeps what it needs of `context` and `plan` alive.
- *   `desc->buffer` stays the caller's and must outlive the cache.
- * - Threads: any; the cache itself is for one thread at a time.
- * - Stream: none.
- * - Graph capture: not allowed; allocates. Addresses never change after it.
- * - Errors: `IDXC_ERR_INVALID` (argument named), `IDXC_ERR_OUT_OF_MEMORY`. `*out` is NULL after an error.
- */
-idxc_status idxc_cache_create(const struct idxc_context *context,
-                              const struct idxc_plan *plan,
-                              const struct idxc_cache_desc *desc,
-                              struct idxc_cache **out);
-
-/**
- * Frees a cache. NULL is fine.
- *
- * - Ownership: takes `cache`, which must not be used again; a host-owned buffer stays the host's.
- * - Threads: any, when no other thread is in a call with this handle.
- * - Stream: CUDA: work that uses the cache must have finished.
- * - Graph capture: not allowed.
- * - Errors: none.
- */
-void idxc_cache_destroy(struct idxc_cache *cache);
-
-/**
- * Begins a forward pass of `rows` rows (padding rows included) on a lane. Whatever the lane held is stale from here
- * on. `step_id` is the host's number for the pass; it must differ from the lane's current one.
- *
- * - Ownership: nothing changes hands.
- * - Threads: the cache's.
- * - Stream: none; host only.
- * - Graph capture: allowed; captured work keeps the rows of the capture, and a replay needs no call.
- * - Errors: `IDXC_ERR_INVALID` (lane, rows above `max_rows`, a repeated step number).
- */
-idxc_status idxc_step_begin(struct idxc_cache *cache,
-                            int32_t lane,
-                            int32_t rows,
-                            uint64_t step_id);
-
-/**
- * Begins the next draft iteration on a lane that holds an MTP layer's indices, and keeps them: row `i` of the new step
- * uses what row `from[i]` of the last one selected. For plans with `index_share_for_mtp_iteration` only; indices never
- * pass from the target model to a draft. In this step `idxc_select` on that MTP layer does nothing (the host still
- * writes the layer's index K).
- *
- * `from`: int32 `[rows]` on the context's device, strictly ascending, then -1 for padding rows: the last *accepted*
- * row of each request, not the last padded one.
- *
- * - Ownership: everything stays the caller's.
- * - Threads: the cache's.
- * - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
- * - Graph capture: allowed.
- * - Errors: `IDXC_ERR_INVALID` (argument named; not an MTP layer's indices; a plan that does not share),
- *   `IDXC_ERR_STALE` (nothing to carry).
- */
-idxc_status idxc_step_carry(struct idxc_cache *cache,
-                            int32_t lane,
-                            const struct idxc_tensor *from,
-                            uint64_t step_id,
-                            void *stream);
-
-/**
- * Bytes of workspace that `idxc_select` needs for these shapes, or for smaller ones. Data pointers may be NULL.
- *
- * - Ownership: everything stays the caller's.
- * - Threads: the cache's.
- * - Stream: none.
- * - Graph capture: allowed; host only.
- * - Errors: `IDXC_ERR_INVALID` (argument named).
- */
-idxc_status idxc_select_workspace(const struct idxc_cache *cache,
-                                  const struct idxc_indexer_desc *desc,
-                                  size_t *size);
-
-/**
- * The indexer's step of one layer. On a Full layer: scores the row's tokens, writes the `topk` best to the lane, exact,
- * ties to the lowest position, ascending, then -1. On a Shared layer: does nothing but check that the indices it will
- * reuse are there; `desc` may be NULL. A row that sees at most `topk` tokens takes them all, unscored.
- *
- * Never holds more than O(rows * topk) scores.
- *
- * - Ownership: everything stays the caller's; `workspace` is scratch during the call (CUDA: until `stream` is done).
- * - Threads: the cache's.
- * - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
- * - Graph capture: allowed; which layers are Full is fixed by the plan, lengths are read on the device.
- * - Errors: `IDXC_ERR_INVALID` (argument named; CPU: a page or length out of range, before anything is written),
- *   `IDXC_ERR_STALE` (a Shared layer without indices, or no step), `IDXC_ERR_BUFFER_TOO_SMALL` (workspace).
- */
-idxc_status idxc_select(struct idxc_cache *cache,
-                        int32_t lane,
-                        int32_t layer,
-                        const struct idxc_indexer_desc *desc,
-                        void *workspace,
-                        size_t workspace_size,
-                        void *stream);
-
-/**
- * Describes the lane's buffer for this step, int32 `[rows, topk]`, for the host to write before `idxc_publish`.
- *
- * - Ownership: memory, shape and strides are the cache's; valid until the lane's next step.
- * - Threads: the cache's.
- * - Stream: none.
- * - Graph capture: allowed; host only.
- * - Errors: `IDXC_ERR_INVALID`, `IDXC_ERR_STALE` (no step).
- */
-idxc_status idxc_slot(const struct idxc_cache *cache,
-                      int32_t lane,
-                      struct idxc_tensor *out);
-
-/**
- * Puts indices in place of an `idxc_select`: the host's own indexer computed them, or they were received from the
- * pipeline stage before (`layer` is then the Full layer that selected them). `indices`: int32 `[rows, topk]`, -1 for
- * none, any order; NULL means that the host wrote the buffer of `idxc_slot` itself.
- *
- * - Ownership: everything stays the caller's; another tensor than the slot is copied.
- * - Threads: the cache's.
- * - Stream: CUDA: the copy runs on `stream`. CPU: done on return, `stream` is ignored.
- * - Graph capture: allowed.
- * - Errors: `IDXC_ERR_INVALID` (argument named; a Shared layer of this stage), `IDXC_ERR_STALE` (no step).
- */
-idxc_status idxc_publish(struct idxc_cache *cache,
-                         int32_t lane,
-                         int32_t layer,
-                         const struct idxc_tensor *indices,
-                         int32_t form,
-                         uint64_t table_id,
-                         void *stream);
-
-/**
- * Describes the indices that `layer` uses, its own or reused: int32 `[rows, topk]`. Their form is in
- * `idxc_lane_get_info`.
- *
- * - Ownership: memory, shape and strides are the cache's; valid until the lane's next step, and overwritten by the
- *   next Full layer.
- * - Threads: the cache's.
- * - Stream: none.
- * - Graph capture: allowed; host only. The address never changes.
- * - Errors: `IDXC_ERR_INVALID`, `IDXC_ERR_STALE` (the layer's source has not written them in this step).
- */
-idxc_status idxc_indices(const struct idxc_cache *cache,
-                         int32_t lane,
-                         int32_t layer,
-                         struct idxc_tensor *out);
-
-/**
- * Copies the indices that `layer` uses into the host's memory, for the pipeline stage after (see
- * `idxc_plan_info.sends`). `out`: int32 `[rows, topk]`. Their form and source are in `idxc_lane_get_info`.
- *
- * - Ownership: everything stays the caller's.
- * - Threads: the cache's.
- * - Stream: CUDA: the copy runs on `stream`. CPU: done on return, `stream` is ignored.
- * - Graph capture: allowed.
- * - Errors: `IDXC_ERR_INVALID` (argument named), `IDXC_ERR_STALE`.
- */
-idxc_status idxc_export(const struct idxc_cache *cache,
-                        int32_t lane,
-                        int32_t layer,
-                        const struct idxc_tensor *out,
-                        void *stream);
-
-/**
- * What the lane holds: step, rows, whose indices, in which form.
- *
- * - Ownership: `info` is the caller's.
- * - Threads: the cache's.
- * - Stream: none.
- * - Graph capture: allowed; host only.
- * - Errors: `IDXC_ERR_INVALID`, `IDXC_ERR_STALE` (no step).
- */
-idxc_status idxc_lane_get_info(const struct idxc_cache *cache, int32_t lane, struct idxc_lane_info *info);
-
-/**
- * Bytes of workspace that `idxc_attend` needs for these shapes, or for smaller ones. Data pointers may be NULL.
- *
- * - Ownership: everything stays the caller's.
- * - Threads: the cache's.
- * - Stream: none.
- * - Graph capture: allowed; host only.
- * - Errors: `IDXC_ERR_INVALID` (argument named).
- */
-idxc_status idxc_attend_workspace(const struct idxc_cache *cache,
-                                  const struct idxc_attention_desc *desc,
-                                  size_t *size);
-
-/**
- * Sparse MLA attention of one layer over the indices it uses, its own or reused. See `idxc_sparse_attention`.
- *
- * - Ownership: everything stays the caller's; `workspace` is scratch during the call (CUDA: until `stream` is done).
- * - Threads: the cache's.
- * - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
- * - Graph capture: allowed.
- * - Errors: `IDXC_ERR_INVALID` (argument named; CPU: an index out of range), `IDXC_ERR_STALE` (no indices for this
- *   layer), `IDXC_ERR_FORM` (slots of another block table), `IDXC_ERR_BUFFER_TOO_SMALL` (workspace).
- */
-idxc_status idxc_attend(const struct idxc_cache *cache,
-                        int32_t lane,
-                        int32_t layer,
-                        const struct idxc_attention_desc *desc,
-                        void *workspace,
-                        size_t workspace_size,
-                        void *stream);
-
-/**
- * Opens a backend. `desc` NULL means `IDXC_CONTEXT_DESC_INIT`: the best backend, all cores.
- *
- * - Ownership: `*out` is the caller's, for `idxc_context_destroy`. Caches keep what they need of it alive themselves.
- * - Threads: any; the handle may be used from many threads at once.
- * - Stream: none.
- * - Graph capture: not allowed; starts threads and allocates.
- * - Errors: `IDXC_ERR_INVALID` (a field), `IDXC_ERR_NO_DEVICE`, `IDXC_ERR_NO_KERNEL_IMAGE` (built without CUDA, or no
- *   kernels for the card), `IDXC_ERR_OUT_OF_MEMORY`. `*out` is NULL after an error.
- */
-idxc_status idxc_context_create(const struct idxc_context_desc *desc,
-                                struct idxc_context **out);
-
-/**
- * Closes a context. NULL is fine. Caches created from it stay usable.
- *
- * - Ownership: takes `context`, which must not be used again.
- * - Threads: any, when no other thread is in a call with this handle.
- * - Stream: none.
- * - Graph capture: not allowed.
- * - Errors: none.
- */
-void idxc_context_destroy(struct idxc_context *context);
-
-/**
- * What the context runs on.
- *
- * - Ownership: `info` is the caller's; strings in it are static.
- * - Threads: any.
- * - Stream: none.
- * - Graph capture: allowed; host only.
- * - Errors: `IDXC_ERR_INVALID`.
- */
-idxc_status idxc_context_get_info(const struct idxc_context *context, struct idxc_context_info *info);
-
-/**
- * Quantises new indexer keys and writes them to their pages. A host calls it for Full layers only: Shared layers own
- * no index K.
- *
- * Fp8 pages: per token `scale = max(max|k|, 1e-4) / 448`, as servers store it, and values `k / scale` rounded to nearest
- * even.
- * Bfloat16 pages: the key rounded to bfloat16; flags other than `IDXC_FLAG_HADAMARD` do not apply.
- *
- * - Ownership: everything stays the caller's.
- * - Threads: any; two calls must not write the same slots at once.
- * - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
- * - Graph capture: allowed.
- * - Errors: `IDXC_ERR_INVALID` (argument named; CPU: a slot out of range, before anything is written).
- */
-idxc_status idxc_index_k_write(const struct idxc_context *context,
-                               const struct idxc_index_k_write_desc *desc,
-                               void *stream);
-
-/**
- * Quantises indexer queries to e4m3, one scale per row and head, and folds that scale and `scale` into the head
- * weights.
- *
- * - Ownership: everything stays the caller's.
- * - Threads: any.
- * - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
- * - Graph capture: allowed.
- * - Errors: `IDXC_ERR_INVALID` (argument named).
- */
-idxc_status idxc_index_q_quantize(const struct idxc_context *context,
-                                  const struct idxc_index_q_quantize_desc *desc,
-                                  void *stream);
-
-/**
- * Lightning-indexer scores over contiguous keys:
- * `logits[r, s] = k_scale[j] * sum_h weights[r, h] * max(q[r, h]·k[j], 0)`, `j = row_start[r] + s`.
- * Columns past the row's end are -inf.
- *
- * - Ownership: everything stays the caller's.
- * - Threads: any.
- * - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
- * - Graph capture: allowed.
- * - Errors: `IDXC_ERR_INVALID` (argument named; CPU: a row range outside the keys).
- */
-idxc_status idxc_indexer_logits(const struct idxc_context *context,
-                                const struct idxc_indexer_desc *desc,
-                                const struct idxc_tensor *logits,
-                                void *stream);
-
-/**
- * Lightning-indexer scores over paged keys: as `idxc_indexer_logits`, with
- * `j = block_table[request, s / 64] * 64 + s % 64`. Decode with several queries a request and prefill chunks are both
- * just rows.
- *
- * - Ownership: everything stays the caller's.
- * - Threads: any.
- * - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
- * - Graph capture: allowed.
- * - Errors: `IDXC_ERR_INVALID` (argument named; CPU: a page or length out of range).
- */
-idxc_status idxc_paged_indexer_logits(const struct idxc_context *context,
-                                      const struct idxc_indexer_desc *desc,
-                                      const struct idxc_tensor *logits,
-                                      void *stream);
-
-/**
- * Bytes of workspace that `idxc_topk` needs for these shapes, or for smaller ones. Data pointers may be NULL.
- *
- * - Ownership: everything stays the caller's.
- * - Threads: any.
- * - Stream: none.
- * - Graph capture: allowed; host only.
- * - Errors: `IDXC_ERR_INVALID` (argument named).
- */
-idxc_status idxc_topk_workspace(const struct idxc_context *context,
-                                const struct idxc_topk_desc *desc,
-                                size_t *size);
-
-/**
- * The `k` best columns of each row: exact; ties go to the lowest column; ascending, then -1.
- *
- * NaN counts as -inf, and -0 equals +0. A row of fewer than `k` columns takes them all.
- *
- * - Ownership: everything stays the caller's; `workspace` is scratch during the call (CUDA: until `stream` is done).
- * - Threads: any; each call needs its own workspace.
- * - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
- * - Graph capture: allowed.
- * - Errors: `IDXC_ERR_INVALID` (argument named), `IDXC_ERR_BUFFER_TOO_SMALL` (workspace).
- */
-idxc_status idxc_topk(const struct idxc_context *context,
-                      const struct idxc_topk_desc *desc,
-                      void *workspace,
-                      size_t workspace_size,
-                      void *stream);
-
-/**
- * Translates logical indices to slots of a paged or contiguous KV store; -1 stays -1.
- *
- * - Ownership: everything stays the caller's.
- * - Threads: any.
- * - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
- * - Graph capture: allowed.
- * - Errors: `IDXC_ERR_INVALID` (argument named; CPU: an index past its request's pages).
- */
-idxc_status idxc_indices_to_slots(const struct idxc_context *context,
-                                  const struct idxc_indices_to_slots_desc *desc,
-                                  void *stream);
-
-/**
- * Writes new KV rows to their pages, quantising them for the 656-byte fp8 layout: per 128 latent values one scale,
- * `max(max|v| / 448, 1e-4)` rounded up to a power of two, as servers store it.
- *
- * - Ownership: everything stays the caller's.
- * - Threads: any; two calls must not write the same slots at once.
- * - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
- * - Graph capture: allowed.
- * - Errors: `IDXC_ERR_INVALID` (argument named; CPU: a slot out of range, before anything is written).
- */
-idxc_status idxc_kv_write(const struct idxc_context *context,
-                          const struct idxc_kv_write_desc *desc,
-                          void *stream);
-
-/**
- * Bytes of workspace that `idxc_sparse_attention` needs for these shapes, or for smaller ones. Data pointers may be
- * NULL.
- *
- * - Ownership: everything stays the caller's.
- * - Threads: any.
- * - Stream: none.
- * - Graph capture: allowed; host only.
- * - Errors: `IDXC_ERR_INVALID` (argument named).
- */
-idxc_status idxc_sparse_attention_workspace(const struct idxc_context *context,
-                                            const struct idxc_attention_desc *desc,
-                                            const struct idxc_tensor *indices,
-                                            int32_t form,
-                                            size_t *size);
-
-/**
- * Sparse MLA attention: each row attends to the KV rows that its indices name.
- * `out[r, h] = sum_i softmax_i(softmax_scale * q[r, h]·kv[i]) * kv[i][:d_v]`; a sink adds `exp(sink[h])` to the
- * denominator.
- *
- * - Ownership: everything stays the caller's; `workspace` is scratch during the call (CUDA: until `stream` is done).
- * - Threads: any; each call needs its own workspace.
- * - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
- * - Graph capture: allowed.
- * - Errors: `IDXC_ERR_INVALID` (argument named; CPU: an index out of range), `IDXC_ERR_BUFFER_TOO_SMALL` (workspace).
- */
-idxc_status idxc_sparse_attention(const struct idxc_context *context,
-                                  const struct idxc_attention_desc *desc,
-                                  const struct idxc_tensor *indices,
-                                  int32_t form,
-                                  void *workspace,
-                                  size_t workspace_size,
-                                  void *stream);
-
-/**
- * How much of each row of `a` is also in `b`: `overlap[r] = |a[r] ∩ b[r]| / |a[r]|`, 1 for a row of `a` without any
- * index. A diagnostic of how alike two layers select; the paper found that it does not choose layers well.
- *
- * `a`, `b`: int32 `[rows, k]` (widths may differ), each row ascending with a -1 tail. `overlap`: float32 `[rows]`.
- *
- * - Ownership: everything stays the caller's.
- * - Threads: any.
- * - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
- * - Graph capture: allowed.
- * - Errors: `IDXC_ERR_INVALID` (argument named; CPU: a row that does not ascend).
- */
-idxc_status idxc_indices_overlap(const struct idxc_context *context,
-                                 const struct idxc_tensor *a,
-                                 const struct idxc_tensor *b,
-                                 const struct idxc_tensor *overlap,
-                                 void *stream);
-
-/**
- * Makes a plan from `index_topk_pattern`: one `F`, `S` or `-` a decoder layer, in `pattern`.
- *
- * - Ownership: `*out` is the caller's, for `idxc_plan_destroy`.
- * - Threads: any.
- * - Stream: none.
- * - Graph capture: not allowed; allocates.
- * - Errors: `IDXC_ERR_CONFIG` (length, letter, first layer Shared, topk …), `IDXC_ERR_INVALID` (pointer, descriptor).
- *   `*out` is NULL after an error.
- */
-idxc_status idxc_plan_from_pattern(const struct idxc_model_desc *model,
-                                   const char *pattern,
-                                   struct idxc_plan **out);
-
-/**
- * Makes a plan from `indexer_types`: `types[0 … count - 1]`, each `"full"` or `"shared"`, one a decoder layer.
- *
- * - Ownership: `*out` is the caller's, for `idxc_plan_destroy`.
- * - Threads: any.
- * - Stream: none.
- * - Graph capture: not allowed; allocates.
- * - Errors: as `idxc_plan_from_pattern`.
- */
-idxc_status idxc_plan_from_indexer_types(const struct idxc_model_desc *model,
-                                         const char *const *types,
-                                         size_t count,
-                                         struct idxc_plan **out);
-
-/**
- * Makes a plan from `index_topk_freq` and `index_skip_topk_offset` under the rule of `dialect` (`IDXC_DIALECT_…`).
- * `offset` NULL means the dialect's default.
- *
- * - Ownership: `*out` is the caller's, for `idxc_plan_destroy`.
- * - Threads: any.
- * - Stream: none.
- * - Graph capture: not allowed; allocates.
- * - Errors: as `idxc_plan_from_pattern`.
- */
-idxc_status idxc_plan_from_freq(const struct idxc_model_desc *model,
-                                int32_t dialect,
-                                int64_t freq,
-                                const int64_t *offset,
-                                struct idxc_plan **out);
-
-/**
- * Makes a plan from the list of its Full layers, ascending (`index_source_layer_ids`, or a list of layers that keep
- * their indexer).
- *
- * - Ownership: `*out` is the caller's, for `idxc_plan_destroy`.
- * - Threads: any.
- * - Stream: none.
- * - Graph capture: not allowed; allocates.
- * - Errors: as `idxc_plan_from_pattern`.
- */
-idxc_status idxc_plan_from_source_layers(const struct idxc_model_desc *model,
-                                         const int64_t *layers,
-                                         size_t count,
-                                         struct idxc_plan **out);
-
-/**
- * Makes a plan from the text of a Hugging Face `config.json`. Which field decided is in `idxc_plan_info.field`; what
- * was overruled, switched off or assumed is in the notes, and sent to the log callback as warnings.
- *
- * - Ownership: `json` (`size` bytes, need not end in NUL) is the caller's; `*out` is the caller's, for
- *   `idxc_plan_destroy`.
- * - Threads: any.
- * - Stream: none.
- * - Graph capture: not allowed; allocates.
- * - Errors: `IDXC_ERR_CONFIG` (not JSON, fields that are missing, wrong or disagree), `IDXC_ERR_INVALID` (pointer).
- *   `*out` is NULL after an error.
- */
-idxc_status idxc_plan_from_hf_config(const char *json,
-                                     size_t size,
-                                     struct idxc_plan **out);
-
-/**
- * Makes the plan of a pipeline stage: layers `first … end - 1`, which keep their ids. `flags`: `IDXC_FLAG_PROMOTE`, or 0.
- * Cut all stages with the same flags, so that both ends of a hand-off agree.
- *
- * - Ownership: `*out` is the caller's, for `idxc_plan_destroy`; it does not depend on `plan`.
- * - Threads: any.
- * - Stream: none.
- * - Graph capture: not allowed; allocates.
- * - Errors: `IDXC_ERR_INVALID` (argument named). `*out` is NULL after an error.
- */
-idxc_status idxc_plan_slice(const struct idxc_plan *plan,
-                            int32_t first,
-                            int32_t end,
-                            uint32_t flags,
-                            struct idxc_plan **out);
-
-/**
- * Frees a plan. NULL is fine. Caches made with it stay usable.
- *
- * - Ownership: takes `plan`, which must not be used again.
- * - Threads: any, when no other thread is in a call with this handle.
- * - Stream: none.
- * - Graph capture: allowed; host only.
- * - Errors: none.
- */
-void idxc_plan_destroy(struct idxc_plan *plan);
-
-/**
- * What the plan comes to.
- *
- * - Ownership: `info` is the caller's.
- * - Threads: any.
- * - Stream: none.
- * - Graph capture: allowed; host only.
- * - Errors: `IDXC_ERR_INVALID`.
- */
-idxc_status idxc_plan_get_info(const struct idxc_plan *plan, struct idxc_plan_info *info);
-
-/**
- * Role of a layer, `IDXC_ROLE_…`; -1 for a NULL plan or a layer that is not the plan's. For the hot path.
- *
- * - Ownership: nothing changes hands.
- * - Threads: any.
- * - Stream: none.
- * - Graph capture: allowed; host only.
- * - Errors: -1 as above; the text is in `idxc_last_error()`.
- */
-int32_t idxc_plan_layer_role(const struct idxc_plan *plan, int32_t layer);
-
-/**
- * What one layer does.
- *
- * - Ownership: `info` is the caller's.
- * - Threads: any.
- * - Stream: none.
- * - Graph capture: allowed; host only.
- * - Errors: `IDXC_ERR_INVALID` (a layer that is not the plan's).
- */
-idxc_status idxc_plan_layer_get_info(const struct idxc_plan *plan,
-                                     int32_t layer,
-                                     struct idxc_layer_info *info);
-
-/**
- * Writes the plan in somebody's spelling (`IDXC_EXPORT_…`), as NUL-terminated text. `dialect` (`IDXC_DIALECT_…`) counts
- * for `IDXC_EXPORT_FREQ` only. `*size` receives the bytes needed, NUL included; with `buffer` NULL and `capacity` 0 that
- * is all that happens.
- *
- * - Ownership: `buffer` is the caller's.
- * - Threads: any.
- * - Stream: none.
- * - Graph capture: allowed; host only.
- * - Errors: `IDXC_ERR_INVALID`, `IDXC_ERR_CONFIG` (not expressible that way), `IDXC_ERR_BUFFER_TOO_SMALL` (`*size` is set).
- */
-idxc_status idxc_plan_export(const struct idxc_plan *plan,
-                             int32_t format,
-                             int32_t dialect,
-                             char *buffer,
-                             size_t capacity,
-                             size_t *size);
-
-/**
- * Every function of this header, by place: the only symbol that a host which loads the library with `dlopen` has to
- * look up. Entries are only ever appended; check `struct_size` before using one that is newer than your minimum.
- *
- * Returns NULL if the library is older than `version` (pass `IDXC_ABI_VERSION`).
- *
- * - Ownership: the table is static.
- * - Threads: any.
- * - Stream: none.
- * - Graph capture: allowed; host only.
- * - Errors: NULL as above; the text is in `idxc_last_error()`.
- */
-const struct idxc_api *idxc_get_api(uint32_t version);
-
-/**
  * Opens a backend. `desc` NULL means `IDXC_CONTEXT_DESC_INIT`: the best backend, all cores.
  *
  * - Ownership: `*out` is the caller's, for `idxc_context_destroy`. Caches keep what they need of it alive themselves.
@@ -1963,7 +1370,7 @@ idxc_status idxc_indices(const struct idxc_cache *cache,
 
 /**
  * Copies the indices that `layer` uses into the host's memory, for the pipeline stage after (see
- * `idxc_plan_info.sends`). `out`: int32 `[rows, topk]`. Their form and source are in `idxc_lane_get_info`.
+ * `idxc_plan_info.sends_from_layer`). `out`: int32 `[rows, topk]`. Their form and source are in `idxc_lane_get_info`.
  *
  * - Ownership: everything stays the caller's.
  * - Threads: the cache's.
@@ -2206,48 +1613,48 @@ idxc_status idxc_indices_overlap(const struct idxc_context *context,
  * - Errors: NULL as above; the text is in `idxc_last_error()`.
  */
 const struct idxc_api *idxc_get_api(uint32_t version);
-
-/** Initialiser of `idxc_cache_desc`: all defaults. */
-#define IDXC_CACHE_DESC_INIT { (uint32_t)sizeof(idxc_cache_desc), 0, 0, 0, 0 }
-
-/** Initialiser of `idxc_indexer_desc`: all defaults. */
-#define IDXC_INDEXER_DESC_INIT { (uint32_t)sizeof(idxc_indexer_desc), 0, 0, 0, 0, 0, 0, 0, 0, 0 }
-
-/** Initialiser of `idxc_lane_info`: all defaults. */
-#define IDXC_LANE_INFO_INIT { (uint32_t)sizeof(idxc_lane_info), 0, 0, 0, 0, 0, 0, 0 }
-
-/** Initialiser of `idxc_attention_desc`: all defaults. */
-#define IDXC_ATTENTION_DESC_INIT { (uint32_t)sizeof(idxc_attention_desc), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 
 /** Initialiser of `idxc_context_desc`: all defaults. */
-#define IDXC_CONTEXT_DESC_INIT { (uint32_t)sizeof(idxc_context_desc), 0, 0, 0, 0, 0 }
+#define IDXC_CONTEXT_DESC_INIT { sizeof(idxc_context_desc), 0, 0, 0, 0, 0 }
 
 /** Initialiser of `idxc_context_info`: all defaults. */
-#define IDXC_CONTEXT_INFO_INIT { (uint32_t)sizeof(idxc_context_info), 0, 0, 0, 0, 0, 0 }
-
-/** Initialiser of `idxc_index_k_write_desc`: all defaults. */
-#define IDXC_INDEX_K_WRITE_DESC_INIT { (uint32_t)sizeof(idxc_index_k_write_desc), 0, 0, 0, 0 }
-
-/** Initialiser of `idxc_index_q_quantize_desc`: all defaults. */
-#define IDXC_INDEX_Q_QUANTIZE_DESC_INIT { (uint32_t)sizeof(idxc_index_q_quantize_desc), 0, 0, 0, 0, 0, 0, 0 }
-
-/** Initialiser of `idxc_topk_desc`: all defaults. */
-#define IDXC_TOPK_DESC_INIT { (uint32_t)sizeof(idxc_topk_desc), 0, 0, 0, 0, 0 }
-
-/** Initialiser of `idxc_indices_to_slots_desc`: all defaults. */
-#define IDXC_INDICES_TO_SLOTS_DESC_INIT { (uint32_t)sizeof(idxc_indices_to_slots_desc), 0, 0, 0, 0, 0, 0, 0 }
-
-/** Initialiser of `idxc_kv_write_desc`: all defaults. */
-#define IDXC_KV_WRITE_DESC_INIT { (uint32_t)sizeof(idxc_kv_write_desc), 0, 0, 0, 0 }
+#define IDXC_CONTEXT_INFO_INIT { sizeof(idxc_context_info), 0, 0, 0, 0, 0, NULL }
 
 /** Initialiser of `idxc_model_desc`: all defaults. */
-#define IDXC_MODEL_DESC_INIT { (uint32_t)sizeof(idxc_model_desc), 0, 0, 0, 0, 0 }
+#define IDXC_MODEL_DESC_INIT { sizeof(idxc_model_desc), 0, 0, 0, 0, 0 }
 
 /** Initialiser of `idxc_plan_info`: all defaults. */
-#define IDXC_PLAN_INFO_INIT { (uint32_t)sizeof(idxc_plan_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+#define IDXC_PLAN_INFO_INIT { sizeof(idxc_plan_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 
 /** Initialiser of `idxc_layer_info`: all defaults. */
-#define IDXC_LAYER_INFO_INIT { (uint32_t)sizeof(idxc_layer_info), 0, 0, 0, 0, 0, 0, 0 }
+#define IDXC_LAYER_INFO_INIT { sizeof(idxc_layer_info), 0, 0, 0, 0, 0, 0, 0 }
+
+/** Initialiser of `idxc_cache_desc`: all defaults. */
+#define IDXC_CACHE_DESC_INIT { sizeof(idxc_cache_desc), 0, 0, 0, NULL }
+
+/** Initialiser of `idxc_indexer_desc`: all defaults. */
+#define IDXC_INDEXER_DESC_INIT { sizeof(idxc_indexer_desc), 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL }
+
+/** Initialiser of `idxc_lane_info`: all defaults. */
+#define IDXC_LANE_INFO_INIT { sizeof(idxc_lane_info), 0, 0, 0, 0, 0, 0, 0 }
+
+/** Initialiser of `idxc_attention_desc`: all defaults. */
+#define IDXC_ATTENTION_DESC_INIT { sizeof(idxc_attention_desc), 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, 0, 0 }
+
+/** Initialiser of `idxc_index_k_write_desc`: all defaults. */
+#define IDXC_INDEX_K_WRITE_DESC_INIT { sizeof(idxc_index_k_write_desc), 0, NULL, NULL, NULL }
+
+/** Initialiser of `idxc_index_q_quantize_desc`: all defaults. */
+#define IDXC_INDEX_Q_QUANTIZE_DESC_INIT { sizeof(idxc_index_q_quantize_desc), 0, NULL, NULL, NULL, NULL, 0, 0 }
+
+/** Initialiser of `idxc_topk_desc`: all defaults. */
+#define IDXC_TOPK_DESC_INIT { sizeof(idxc_topk_desc), 0, NULL, NULL, NULL, NULL }
+
+/** Initialiser of `idxc_indices_to_slots_desc`: all defaults. */
+#define IDXC_INDICES_TO_SLOTS_DESC_INIT { sizeof(idxc_indices_to_slots_desc), 0, NULL, NULL, NULL, NULL, NULL, 0 }
+
+/** Initialiser of `idxc_kv_write_desc`: all defaults. */
+#define IDXC_KV_WRITE_DESC_INIT { sizeof(idxc_kv_write_desc), 0, NULL, NULL, NULL }
 
 /** The functions above, for hosts that load the library at run time; see `idxc_get_api`. */
 struct idxc_api {

@@ -376,7 +376,7 @@ pub unsafe extern "C" fn idxc_indices(
 }
 
 /// Copies the indices that `layer` uses into the host's memory, for the pipeline stage after (see
-/// `idxc_plan_info.sends`). `out`: int32 `[rows, topk]`. Their form and source are in `idxc_lane_get_info`.
+/// `idxc_plan_info.sends_from_layer`). `out`: int32 `[rows, topk]`. Their form and source are in `idxc_lane_get_info`.
 ///
 /// - Ownership: everything stays the caller's.
 /// - Threads: the cache's.

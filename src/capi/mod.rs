@@ -6,13 +6,20 @@
 use crate::error::{Error, Result, Status};
 use std::ffi::{CStr, c_char, c_void};
 
-pub mod cache;
-pub mod context;
 mod guard;
-pub mod ops;
-pub mod plan;
-pub mod table;
+
+// The header's order.
 pub mod types;
+
+pub mod context;
+
+pub mod plan;
+
+pub mod cache;
+
+pub mod ops;
+
+pub mod table;
 
 #[cfg(debug_assertions)]
 #[doc(hidden)]
@@ -77,13 +84,24 @@ const _: () = {
     assert!(IDXC_ERR_PANIC == Status::Panic as i32);
 };
 
+fn check_handle<T>(ptr: *const T, name: &'static str) -> Result<()> {
+    if ptr.is_null() {
+        return Err(Error::invalid(name, "a handle", "NULL"));
+    }
+    if !ptr.is_aligned() {
+        return Err(Error::invalid(name, "a handle", format_args!("{ptr:p}")));
+    }
+    Ok(())
+}
+
 /// A reference to a handle that the caller passed.
 ///
 /// # Safety
 /// `ptr` is NULL or a live handle of this type, not used mutably elsewhere during `'a`.
 unsafe fn handle<'a, T>(ptr: *const T, name: &'static str) -> Result<&'a T> {
-    // SAFETY: by this function's contract.
-    unsafe { ptr.as_ref() }.ok_or_else(|| Error::invalid(name, "a handle", "NULL"))
+    check_handle(ptr, name)?;
+    // SAFETY: by this function's contract and the check above.
+    Ok(unsafe { &*ptr })
 }
 
 /// As [`handle`], exclusively.
@@ -91,8 +109,9 @@ unsafe fn handle<'a, T>(ptr: *const T, name: &'static str) -> Result<&'a T> {
 /// # Safety
 /// `ptr` is NULL or a live handle of this type, used by nobody else during `'a`.
 unsafe fn handle_mut<'a, T>(ptr: *mut T, name: &'static str) -> Result<&'a mut T> {
-    // SAFETY: by this function's contract.
-    unsafe { ptr.as_mut() }.ok_or_else(|| Error::invalid(name, "a handle", "NULL"))
+    check_handle(ptr, name)?;
+    // SAFETY: by this function's contract and the check above.
+    Ok(unsafe { &mut *ptr })
 }
 
 /// Checks an output pointer before any work is done.
