@@ -5,10 +5,13 @@
 //! can be shared. How other programs spell a pattern is in [`Spelling`] and [`Dialect`].
 
 mod dialects;
+mod export;
+mod hf_config;
 mod pattern;
 mod stage;
 
 pub use dialects::{Dialect, FreqOffset};
+pub use hf_config::HfOptions;
 pub use pattern::{Indexers, MAX_LAYERS, Pattern, Role, Spelling};
 pub use stage::Handoff;
 
@@ -196,12 +199,11 @@ impl Layer {
 /// Layer-by-layer differences that only some models have.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Layout {
-    /// Positions compressed into one KV entry, a layer; empty means 1 throughout.
+    /// Positions compressed into one KV entry, for each layer, draft layers included; empty means 1 throughout.
+    /// A draft layer with 0 attends a window only and has no indexer.
     pub ratios: Vec<u32>,
     /// The layers that publish index K, ascending; empty means that each Full layer has its own.
     pub index_k_owners: Vec<u32>,
-    /// Draft layers attend a window only and have no indexer.
-    pub mtp_dense: bool,
 }
 
 /// A resolved pattern for one model, or for one pipeline stage of it. Immutable.
@@ -224,6 +226,7 @@ pub struct Plan {
     /// Fingerprint of the whole model, before any stage was cut.
     whole: u64,
     origin: Origin,
+    inactive: Option<String>,
     notes: Vec<String>,
 }
 
@@ -252,9 +255,11 @@ impl Plan {
                 model.mtp_layers
             )));
         }
-        let draft = if layout.mtp_dense { Role::None } else { Role::Full };
         let mut roles = pattern.roles().to_vec();
-        roles.resize(total as usize, draft);
+        roles.extend((pattern.layers()..total as usize).map(|l| match layout.ratios.get(l) {
+            Some(0) => Role::None,
+            _ => Role::Full,
+        }));
         let mut plan = Self {
             model,
             layout,
@@ -267,6 +272,7 @@ impl Plan {
             index_k_layers: Vec::new(),
             whole: 0,
             origin,
+            inactive: None,
             notes: Vec::new(),
         };
         plan.derive()?;
@@ -444,6 +450,11 @@ impl Plan {
     /// Which field decided the pattern, and under which rule.
     pub fn origin(&self) -> Origin {
         self.origin
+    }
+
+    /// Why no layer is Shared although the config speaks of reuse: configured, but inactive.
+    pub fn inactive(&self) -> Option<&str> {
+        self.inactive.as_deref()
     }
 
     /// What a person should know: fields that were overruled, switched off, or assumed.

@@ -47,6 +47,14 @@ impl Role {
             _ => None,
         }
     }
+
+    fn from_word(word: &str) -> Option<Self> {
+        match word {
+            "full" => Some(Role::Full),
+            "shared" => Some(Role::Shared),
+            _ => None,
+        }
+    }
 }
 
 impl fmt::Display for Role {
@@ -149,12 +157,14 @@ fn checked_layers(layers: u64) -> Result<usize> {
 pub enum Spelling<'a> {
     /// `index_topk_pattern`: one letter a layer.
     Letters(&'a str),
-    /// `index_topk_pattern` as a list of letters.
+    /// `index_topk_pattern` as a list of letters, or of the words of `indexer_types`.
     LetterList(&'a [&'a str]),
     /// `indexer_types`: `full` or `shared` a layer.
     IndexerTypes(&'a [&'a str]),
-    /// `index_source_layer_ids`, or a list of the layers that keep their indexer: the Full layers.
+    /// `index_source_layer_ids`: the Full layers.
     SourceLayers(&'a [i64]),
+    /// `index_topk_pattern` as a list of the layers that keep their indexer: the Full layers again.
+    AllowList(&'a [i64]),
     /// `index_topk_freq` and `index_skip_topk_offset`.
     Freq {
         /// One Full layer in this many.
@@ -170,7 +180,9 @@ impl Spelling<'_> {
     /// The config field that carries this spelling.
     pub const fn field(&self) -> &'static str {
         match self {
-            Spelling::Letters(_) | Spelling::LetterList(_) => "index_topk_pattern",
+            Spelling::Letters(_) | Spelling::LetterList(_) | Spelling::AllowList(_) => {
+                "index_topk_pattern"
+            }
             Spelling::IndexerTypes(_) => "indexer_types",
             Spelling::SourceLayers(_) => "index_source_layer_ids",
             Spelling::Freq { .. } => "index_topk_freq",
@@ -190,7 +202,9 @@ impl Pattern {
             Spelling::Letters(text) => indexers.place(field, letters(field, text)?)?,
             Spelling::LetterList(list) => indexers.place(field, letter_list(field, list)?)?,
             Spelling::IndexerTypes(list) => indexers.place(field, types(field, list)?)?,
-            Spelling::SourceLayers(ids) => sources(field, ids, indexers)?,
+            Spelling::SourceLayers(ids) | Spelling::AllowList(ids) => {
+                sources(field, ids, indexers)?
+            }
             Spelling::Freq { freq, offset, dialect } => dialect.expand(*freq, *offset, indexers)?,
         };
         Self::from_roles(field, roles)
@@ -234,9 +248,20 @@ impl Pattern {
         self.0.iter().filter(|r| **r == role).count()
     }
 
-    /// The same pattern over the layers that have an indexer only.
+    /// The letters of the layers that have an indexer: the short form of `index_topk_pattern`.
     pub fn compact(&self) -> String {
         self.0.iter().filter(|r| **r != Role::None).map(|r| r.letter()).collect()
+    }
+
+    /// As `indexer_types`. A layer without an indexer is "full" there, as in the checkpoints that have such layers.
+    pub fn indexer_types(&self) -> Vec<&'static str> {
+        let word = |r: &Role| if *r == Role::Shared { "shared" } else { "full" };
+        self.0.iter().map(word).collect()
+    }
+
+    /// As `index_source_layer_ids`: the Full layers.
+    pub fn source_layers(&self) -> Vec<u32> {
+        (0..).zip(&self.0).filter(|(_, r)| **r == Role::Full).map(|(l, _)| l).collect()
     }
 
     /// First layer on which the two differ; the shorter one's end counts.
@@ -286,23 +311,25 @@ fn letter_list(field: &str, list: &[&str]) -> Result<Vec<Role>> {
             (Some(letter), None) => {
                 Role::from_letter(letter).ok_or_else(|| bad_letter(field, position, letter))
             }
-            _ => Err(Error::config(format!(
-                "{field}: entry {position} is \"{}\", expected \"F\" or \"S\"",
-                text.escape_default()
-            ))),
+            _ => Role::from_word(text).ok_or_else(|| {
+                Error::config(format!(
+                    "{field}: entry {position} is \"{}\", expected \"F\" or \"S\"",
+                    text.escape_default()
+                ))
+            }),
         }
     };
     list.iter().enumerate().map(read).collect()
 }
 
 fn types(field: &str, list: &[&str]) -> Result<Vec<Role>> {
-    let read = |(position, text): (usize, &&str)| match *text {
-        "full" => Ok(Role::Full),
-        "shared" => Ok(Role::Shared),
-        _ => Err(Error::config(format!(
-            "{field}: entry {position} is \"{}\", expected \"full\" or \"shared\"",
-            text.escape_default()
-        ))),
+    let read = |(position, text): (usize, &&str)| {
+        Role::from_word(text).ok_or_else(|| {
+            Error::config(format!(
+                "{field}: entry {position} is \"{}\", expected \"full\" or \"shared\"",
+                text.escape_default()
+            ))
+        })
     };
     list.iter().enumerate().map(read).collect()
 }
