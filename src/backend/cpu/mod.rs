@@ -2,13 +2,16 @@
 //!
 //! Results have the same bits on every instruction set, with every number of threads.
 
-#![allow(dead_code)]
+mod attention;
 mod check;
+mod indexer;
+mod quant;
 #[doc(hidden)]
 pub mod reference;
+mod select;
+mod simd;
 
 use crate::error::{Error, Result, Status};
-use crate::layout;
 use crate::ops::*;
 use std::ffi::CStr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -39,7 +42,9 @@ impl Isa {
     pub fn detect() -> Self {
         #[cfg(target_arch = "x86_64")]
         {
-            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            let avx2 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
             let avx512 = is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
@@ -152,14 +157,14 @@ impl Cpu {
     pub fn index_k_write(&self, op: &IndexKWrite<'_>) -> Result<()> {
         check::device(op.device)?;
         check::slots(&op.slots, op.pages.shape()[0] * PAGE)?;
-        reference::index_k_write(op);
+        quant::index_k_write(self, op);
         Ok(())
     }
 
     /// Quantises indexer queries.
     pub fn index_q_quantize(&self, op: &IndexQQuantize<'_>) -> Result<()> {
         check::device(op.device)?;
-        reference::index_q_quantize(op);
+        quant::index_q_quantize(self, op);
         Ok(())
     }
 
@@ -172,7 +177,7 @@ impl Cpu {
             let want = format_args!("a column for each of the longest row's {longest} positions");
             return Err(Error::invalid("logits", want, columns));
         }
-        reference::indexer_logits(op);
+        indexer::indexer_logits(self, op, longest);
         Ok(())
     }
 
@@ -180,16 +185,14 @@ impl Cpu {
     pub fn select(&self, op: &Select<'_>, workspace: &mut [u8]) -> Result<()> {
         check::device(op.indexer.device)?;
         check::keys(&op.indexer.map, op.indexer.rows)?;
-        layout::aligned("workspace", workspace, 0)?;
-        reference::select(op);
-        Ok(())
+        select::select(self, op, workspace)
     }
 
     /// Top-k of given scores.
     pub fn topk(&self, op: &TopK<'_>) -> Result<()> {
         check::device(op.device)?;
         check::bounds(op)?;
-        reference::topk(op);
+        select::topk(self, op);
         Ok(())
     }
 
@@ -197,7 +200,7 @@ impl Cpu {
     pub fn indices_to_slots(&self, op: &IndicesToSlots<'_>) -> Result<()> {
         check::device(op.device)?;
         check::translation(op)?;
-        reference::indices_to_slots(op);
+        quant::indices_to_slots(self, op);
         Ok(())
     }
 
@@ -205,7 +208,7 @@ impl Cpu {
     pub fn kv_write(&self, op: &KvWrite<'_>) -> Result<()> {
         check::device(op.device)?;
         check::slots(&op.slots, op.page_shape[0] * op.page_shape[1])?;
-        reference::kv_write(op);
+        quant::kv_write(self, op);
         Ok(())
     }
 
@@ -213,9 +216,7 @@ impl Cpu {
     pub fn sparse_attention(&self, op: &SparseAttention<'_>, workspace: &mut [u8]) -> Result<()> {
         check::device(op.device)?;
         check::attention(op)?;
-        layout::aligned("workspace", workspace, 0)?;
-        reference::sparse_attention(op);
-        Ok(())
+        attention::sparse_attention(self, op, workspace)
     }
 
     /// How much of one selection another covers.
@@ -227,20 +228,6 @@ impl Cpu {
             *out = crate::audit::overlap(op.own.row(&[t]), op.reused.row(&[t]));
         }
         Ok(())
-    }
-}
-
-impl Select<'_> {
-    /// Bytes of workspace that [`Cpu::select`] needs with this many threads.
-    pub fn workspace(&self, _threads: usize) -> usize {
-        0
-    }
-}
-
-impl SparseAttention<'_> {
-    /// Bytes of workspace that [`Cpu::sparse_attention`] needs with this many threads.
-    pub fn workspace(&self, _threads: usize) -> usize {
-        0
     }
 }
 
