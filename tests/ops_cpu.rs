@@ -62,6 +62,7 @@ fn padded<'a, T: Element>(
     let mut strides = dense_strides(shape);
     strides[0] += pad;
     assert!(shape[0] * strides[0] <= data.len());
+    // SAFETY: within `data`, by the assert.
     unsafe {
         let ptr = data.as_ptr() as *mut u8;
         Tensor::from_raw_parts(name, ptr, Device::Cpu, T::DTYPE, shape, &strides[..shape.len()])
@@ -863,6 +864,7 @@ fn translation_and_overlap() {
     let (table, request) = ([5, 2, 9, 0, 7, 1], [1, 0, -1]);
     let mut indices = [0, 63, 64, -1, 70, 130, -1, 5, 3, 4, 5, 6];
     let want = [0, 63, 448, -1, 134, 578, -1, 325, -1, -1, -1, -1];
+    // SAFETY: the array's own elements, used as input and output of one call at a time.
     let both = unsafe {
         let p = indices.as_mut_ptr().cast();
         Tensor::from_raw_parts("indices", p, Device::Cpu, i32::DTYPE, &[3, 4], &[4, 1]).unwrap()
