@@ -212,6 +212,11 @@
 #define IDXC_EXPORT_JSON 4
 
 /**
+ * Export: one letter for each layer with an indexer, the short form of `index_topk_pattern`.
+ */
+#define IDXC_EXPORT_COMPACT_PATTERN 5
+
+/**
  * Flag of `idxc_plan_slice`: a stage that would start on a Shared layer runs it as Full instead of receiving indices.
  */
 #define IDXC_FLAG_PROMOTE 1

@@ -6,7 +6,9 @@ use super::{
     text,
 };
 use crate::error::{Error, Result};
-use crate::plan::{Dialect, Field, IndexKFormat, Indexers, Model, Pattern, Plan, Role, Spelling};
+use crate::plan::{
+    Dialect, ExportFormat, Field, IndexKFormat, Indexers, Model, Pattern, Plan, Role, Spelling,
+};
 use std::ffi::c_char;
 use std::sync::Arc;
 
@@ -59,6 +61,8 @@ pub const IDXC_EXPORT_FREQ: i32 = 2;
 pub const IDXC_EXPORT_SOURCE_LAYERS: i32 = 3;
 /// Export: JSON object with everything the plan knows, the notes about ignored or overruled fields among it.
 pub const IDXC_EXPORT_JSON: i32 = 4;
+/// Export: one letter for each layer with an indexer, the short form of `index_topk_pattern`.
+pub const IDXC_EXPORT_COMPACT_PATTERN: i32 = 5;
 
 /// Flag of `idxc_plan_slice`: a stage that would start on a Shared layer runs it as Full instead of receiving indices.
 pub const IDXC_FLAG_PROMOTE: u32 = 1;
@@ -398,13 +402,7 @@ pub unsafe extern "C" fn idxc_plan_from_hf_config(
             begin(out)?;
             slice(json.cast::<u8>(), size, "json")?
         };
-        let json = std::str::from_utf8(json).map_err(|e| {
-            Error::invalid("json", "UTF-8 text", format_args!("a bad byte at {}", e.valid_up_to()))
-        })?;
-        let plan: Plan = Err(Error::new(
-            crate::error::Status::Unsupported,
-            format!("json: {} bytes", json.len()),
-        ))?;
+        let plan = Plan::from_hf_config(json)?;
         for note in plan.notes() {
             log(IDXC_LOG_WARNING, &format!("config: {note}"));
         }
@@ -604,12 +602,16 @@ pub unsafe extern "C" fn idxc_plan_export(
     guard("idxc_plan_export", || {
         // SAFETY: by this function's contract.
         let plan = unsafe { handle(plan, "plan") }?;
-        let text = match format {
-            IDXC_EXPORT_PATTERN => plan.0.roles().iter().map(|r| r.letter()).collect::<String>(),
+        let format = match format {
+            IDXC_EXPORT_PATTERN => ExportFormat::Letters,
+            IDXC_EXPORT_COMPACT_PATTERN => ExportFormat::Compact,
+            IDXC_EXPORT_INDEXER_TYPES => ExportFormat::IndexerTypes,
+            IDXC_EXPORT_FREQ => ExportFormat::Freq(dialect_from(dialect)?),
+            IDXC_EXPORT_SOURCE_LAYERS => ExportFormat::SourceLayers,
+            IDXC_EXPORT_JSON => ExportFormat::Json,
             other => return Err(Error::invalid("format", "an IDXC_EXPORT_ number", other)),
         };
-        let _ = dialect;
         // SAFETY: by this function's contract.
-        unsafe { give_text(&text, buffer, capacity, size) }
+        unsafe { give_text(&plan.0.export(format)?, buffer, capacity, size) }
     })
 }

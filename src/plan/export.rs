@@ -1,6 +1,6 @@
 //! A plan written out again.
 
-use super::{IndexKFormat, Pattern, Plan, Role};
+use super::{Dialect, IndexKFormat, Pattern, Plan, Role};
 use crate::error::{Error, Result};
 use serde::Serialize;
 
@@ -66,7 +66,43 @@ impl Serialize for Number {
     }
 }
 
+/// How [`Plan::export`] spells a plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExportFormat {
+    /// `index_topk_pattern`, one letter a layer; a stage's own layers for a stage.
+    Letters,
+    /// `index_topk_pattern`, one letter for each layer that has an indexer.
+    Compact,
+    /// `indexer_types`, a JSON list.
+    IndexerTypes,
+    /// The Full layers, a JSON list: `index_source_layer_ids`.
+    SourceLayers,
+    /// `index_topk_freq` and `index_skip_topk_offset`, a JSON object.
+    Freq(Dialect),
+    /// Everything that is resolved, a JSON object.
+    Json,
+}
+
 impl Plan {
+    /// The plan in somebody's spelling.
+    pub fn export(&self, format: ExportFormat) -> Result<String> {
+        let json = |v: serde_json::Value| v.to_string();
+        Ok(match format {
+            ExportFormat::Letters => self.letters(),
+            ExportFormat::Compact => self.pattern()?.compact(),
+            ExportFormat::IndexerTypes => json(serde_json::json!(self.pattern()?.indexer_types())),
+            ExportFormat::SourceLayers => json(serde_json::json!(self.pattern()?.source_layers())),
+            ExportFormat::Freq(dialect) => {
+                let rule = dialect.express(&self.pattern()?)?;
+                json(serde_json::json!({
+                    "index_topk_freq": rule.freq,
+                    "index_skip_topk_offset": rule.offset,
+                }))
+            }
+            ExportFormat::Json => self.to_json()?,
+        })
+    }
+
     /// The letters of this stage's decoder layers.
     pub fn letters(&self) -> String {
         self.roles().iter().map(|r| r.letter()).collect()

@@ -11,6 +11,7 @@ mod pattern;
 mod stage;
 
 pub use dialects::{Dialect, FreqOffset};
+pub use export::ExportFormat;
 pub use hf_config::HfOptions;
 pub use pattern::{Indexers, MAX_LAYERS, Pattern, Role, Spelling};
 pub use stage::Handoff;

@@ -3,7 +3,7 @@
 use crate::{Failure, Output};
 use clap::{Args, Subcommand};
 use indexcache::plan::{
-    Dialect, HfOptions, Indexers, Model, Origin, Pattern, Plan, Role, Spelling,
+    Dialect, ExportFormat, HfOptions, Indexers, Model, Origin, Pattern, Plan, Role, Spelling,
 };
 use indexcache::plan::{Field, MAX_TOPK};
 use std::fmt::Write as _;
@@ -21,7 +21,7 @@ pub enum Command {
         json: bool,
         /// Print only the pattern: letters, compact, indexer-types, sources, or freq:DIALECT.
         #[arg(long = "as", value_name = "SPELLING", value_parser = spelling)]
-        spell: Option<Spell>,
+        spell: Option<ExportFormat>,
     },
     /// Exit with 0 if the plan is acceptable, or with 1 and the reason.
     Check {
@@ -62,29 +62,14 @@ pub struct Input {
     promote: bool,
 }
 
-/// How `--as` spells a pattern.
-#[derive(Clone, Copy)]
-pub enum Spell {
-    /// `index_topk_pattern`, one letter a layer.
-    Letters,
-    /// `index_topk_pattern`, one letter for each layer that has an indexer.
-    Compact,
-    /// `indexer_types`, a JSON list.
-    IndexerTypes,
-    /// The Full layers, a JSON list: `index_source_layer_ids`.
-    Sources,
-    /// `index_topk_freq` and `index_skip_topk_offset`, a JSON object.
-    Freq(Dialect),
-}
-
-fn spelling(text: &str) -> Result<Spell, String> {
+fn spelling(text: &str) -> Result<ExportFormat, String> {
     Ok(match text {
-        "letters" => Spell::Letters,
-        "compact" => Spell::Compact,
-        "indexer-types" => Spell::IndexerTypes,
-        "sources" => Spell::Sources,
+        "letters" => ExportFormat::Letters,
+        "compact" => ExportFormat::Compact,
+        "indexer-types" => ExportFormat::IndexerTypes,
+        "sources" => ExportFormat::SourceLayers,
         _ => match text.strip_prefix("freq:") {
-            Some(name) => Spell::Freq(dialect(name)?),
+            Some(name) => ExportFormat::Freq(dialect(name)?),
             None => {
                 return Err(
                     "expected letters, compact, indexer-types, sources, or freq:DIALECT".into()
@@ -111,7 +96,7 @@ pub fn run(command: &Command) -> Result<Output, Failure> {
         }
         Command::Show { input, spell: Some(spell), .. } => {
             let plan = input.plan()?;
-            let stdout = spelled(&plan.pattern()?, *spell)?;
+            let stdout = plan.export(*spell)?;
             Ok(Output { stdout: stdout + "\n", stderr: remarks(&plan) })
         }
         Command::Show { input, .. } => {
@@ -192,23 +177,6 @@ fn read(path: &Path) -> std::io::Result<Vec<u8>> {
         return Ok(bytes);
     }
     std::fs::read(path)
-}
-
-fn spelled(pattern: &Pattern, spell: Spell) -> Result<String, Failure> {
-    Ok(match spell {
-        Spell::Letters => pattern.to_string(),
-        Spell::Compact => pattern.compact(),
-        Spell::IndexerTypes => serde_json::json!(pattern.indexer_types()).to_string(),
-        Spell::Sources => serde_json::json!(pattern.source_layers()).to_string(),
-        Spell::Freq(dialect) => {
-            let rule = dialect.express(pattern)?;
-            serde_json::json!({
-                "index_topk_freq": rule.freq,
-                "index_skip_topk_offset": rule.offset,
-            })
-            .to_string()
-        }
-    })
 }
 
 fn remarks(plan: &Plan) -> String {
