@@ -146,6 +146,23 @@ fn check_is_silent_or_says_why() {
     }
 }
 
+/// The plan is acceptable, and not what its config asks for.
+#[test]
+fn configured_but_inactive_is_visible() {
+    let path =
+        std::env::temp_dir().join(format!("indexcache-inactive-{}.json", std::process::id()));
+    let config = r#"{"model_type": "deepseek_v32", "num_hidden_layers": 4, "index_topk": 8,
+        "index_head_dim": 128, "index_topk_freq": 2, "use_index_cache": false}"#;
+    std::fs::write(&path, config).unwrap();
+    let why =
+        "configured but inactive: index_topk_freq asks for reuse, but use_index_cache is false";
+    let (status, stdout, stderr) = run(&["plan", "check", "--config", path.to_str().unwrap()]);
+    assert_eq!((status, stdout, stderr), (0, String::new(), format!("note: {why}\n")));
+    let (_, stdout, _) = run(&["plan", "show", "--config", path.to_str().unwrap()]);
+    assert!(stdout.ends_with(&format!("note: {why}\n")));
+    std::fs::remove_file(&path).unwrap();
+}
+
 #[test]
 fn usage_errors_exit_with_2() {
     for args in [

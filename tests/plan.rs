@@ -286,6 +286,16 @@ fn refusals_say_what_to_change() {
 }
 
 #[test]
+fn exporting_the_longest_patterns_takes_no_time() {
+    for letters in [format!("{}S", "F".repeat(4095)), format!("F{}F", "S".repeat(4094))] {
+        let pattern: Pattern = letters.parse().unwrap();
+        for dialect in Dialect::ALL {
+            let _ = dialect.express(&pattern);
+        }
+    }
+}
+
+#[test]
 fn extreme_numbers_do_not_overflow() {
     for dialect in Dialect::ALL {
         for f in [i64::MIN, -1, 0, 1, i64::MAX] {

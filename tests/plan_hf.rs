@@ -374,11 +374,23 @@ fn reuse_in_the_wrong_place_is_refused() {
     wrapped["hf_overrides"] = json!({"text_config": {"indexer_types": ["full"]}});
     refused(&wrapped, &format!("hf_overrides.text_config.indexer_types would be ignored, {top}"));
 
+    let mut offset = with("minimax_m3", json!({"index_topk_freq": 4}));
+    offset["index_skip_topk_offset"] = json!(3);
+    refused(&offset, &format!("index_skip_topk_offset would be ignored, {nested}"));
+    let mut draft = config("minimax_m3");
+    draft["index_share_for_mtp_iteration"] = json!(true);
+    refused(&draft, &format!("index_share_for_mtp_iteration would be ignored, {nested}"));
+    // The flat switch does not switch the nested frequency off.
+    let mut off = with("minimax_m3", json!({"index_topk_freq": 4, "use_index_cache": true}));
+    off["use_index_cache"] = json!(false);
+    refused(&off, &format!("use_index_cache would be ignored, {nested}"));
+
     // Harmless: the same again, defaults, nulls, and another model's config.
     let mut same = with("minimax_m3", json!({"index_topk_freq": 4, "use_index_cache": true}));
     same["index_topk_freq"] = json!(4);
     same["use_index_cache"] = json!(true);
     same["index_topk_pattern"] = json!(null);
+    same["indexer_types"] = json!(null);
     same["draft_config"] = json!({"num_hidden_layers": 1, "index_topk_freq": 2});
     assert_eq!(read(&same).unwrap().count(Role::Full), 15);
     let mut off = config("minimax_m3");
@@ -392,6 +404,8 @@ fn configured_but_inactive_is_visible() {
     let inactive = |model, fields| {
         let plan = read(&with(model, fields)).unwrap();
         assert_eq!(plan.count(Role::Shared), 0);
+        let noted = plan.notes().first().and_then(|n| n.strip_prefix("configured but inactive: "));
+        assert_eq!(plan.inactive(), noted);
         plan.inactive().map(String::from)
     };
     let off = inactive("glm_5_1", json!({"index_topk_freq": 4, "use_index_cache": false}));
@@ -429,7 +443,7 @@ fn glm_5_3_flash_has_an_indexer_on_some_layers() {
     );
     refused(
         &flash(json!({"layer_types": null, "linear_attn_config": {"full_attn_layers": [3, 45]}})),
-        "linear_attn_config.full_attn_layers: layer 45 is outside 0..=44",
+        "text_config.linear_attn_config.full_attn_layers: layer 45 is outside 0..=44",
     );
     refused(
         &flash(json!({"indexer_types": null, "index_topk_freq": 4})),

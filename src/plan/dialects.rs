@@ -150,16 +150,21 @@ impl Dialect {
                 (x, *role == Role::Full)
             })
             .collect();
+        let usual = rule.default.unwrap_or(rule.base);
+        let Some(first_shared) = counted.iter().find(|(_, full)| !full).map(|(x, _)| *x) else {
+            return Ok(FreqOffset { freq: 1, offset: usual, dialect: self });
+        };
+        // Up to the offset everything is Full, and after it no two neighbours are.
+        let leading = counted.windows(2).take_while(|w| w[1].0 < first_shared);
+        let lowest = leading.filter(|w| w[0].0 + 1 == w[1].0).map(|w| w[1].0).last();
+        let mut offsets: Vec<i64> = (lowest.unwrap_or(rule.base)..first_shared).collect();
+        offsets.retain(|o| rule.reads_offset || *o == usual);
+        offsets.sort_by_key(|o| *o != usual);
         let means = |freq: i64, offset: i64| {
             counted.iter().all(|(x, full)| ((x - offset).max(0) % freq == 0) == *full)
         };
-        let top = indexers.layers() as i64 + rule.base;
-        let offsets: Vec<i64> = match (rule.default, rule.reads_offset) {
-            (Some(fixed), false) => vec![fixed],
-            (Some(first), true) => std::iter::once(first).chain(rule.base..top).collect(),
-            (None, _) => (rule.base..top).collect(),
-        };
-        for freq in 1..=top {
+        let last = indexers.layers() as i64 + rule.base;
+        for freq in 2..=last {
             if let Some(offset) = offsets.iter().copied().find(|o| means(freq, *o)) {
                 return Ok(FreqOffset { freq, offset, dialect: self });
             }

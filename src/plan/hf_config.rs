@@ -9,6 +9,7 @@ use super::{
 };
 use crate::error::{Error, Result};
 use serde_json::{Map, Value};
+use std::fmt;
 
 /// What a caller wants otherwise than the config says.
 #[derive(Clone, Copy, Debug, Default)]
@@ -68,22 +69,22 @@ impl Family {
 /// Objects that wrap a language model's own config.
 const WRAPPERS: [&str; 3] = ["text_config", "language_config", "llm_config"];
 
-/// Fields that ask for reuse. Elsewhere than among the model's own fields, servers do not see them.
-const REUSE: [&str; 5] = [
+/// Fields about reuse. Elsewhere than among the model's own fields, servers do not see them.
+const REUSE: [&str; 7] = [
     "indexer_types",
     "index_topk_pattern",
     "index_source_layer_ids",
     "index_topk_freq",
+    "index_skip_topk_offset",
+    "index_share_for_mtp_iteration",
     "use_index_cache",
 ];
 
 /// Other fields of the same prefix that are known.
-const INDEX_FIELDS: [&str; 12] = [
+const INDEX_FIELDS: [&str; 10] = [
     "index_topk",
     "index_n_heads",
     "index_head_dim",
-    "index_skip_topk_offset",
-    "index_share_for_mtp_iteration",
     "index_kpool",
     "index_kpool_compress",
     "index_kpool_always_select_tail",
@@ -128,7 +129,7 @@ fn parse(json: &[u8]) -> Result<Map<String, Value>> {
 
 /// The family, and the model_type that names it.
 fn family<'a>(root: &'a Map<String, Value>, home: &Node<'a>) -> Result<(Family, &'a str)> {
-    let outer = Node { map: root, path: "", wrapper: None };
+    let outer = Node { map: root, path: Path::default() };
     let mut first = None;
     for node in [home, &outer] {
         match node.get("model_type") {
@@ -150,24 +151,40 @@ fn family<'a>(root: &'a Map<String, Value>, home: &Node<'a>) -> Result<(Family, 
 #[derive(Clone, Copy)]
 struct Node<'a> {
     map: &'a Map<String, Value>,
-    /// `text_config.`, or nothing.
-    path: &'static str,
-    wrapper: Option<&'static str>,
+    path: Path,
+}
+
+/// The names of the objects that lead to a field, outermost first; empty where there are fewer.
+#[derive(Clone, Copy, Default)]
+struct Path(&'static str, &'static str);
+
+impl fmt::Display for Path {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut names = [self.0, self.1].into_iter().filter(|n| !n.is_empty());
+        names.try_for_each(|n| write!(f, "{n}."))
+    }
 }
 
 impl<'a> Node<'a> {
     /// The object with the model's own fields: the wrapped one, where it describes a model.
     fn home(root: &'a Map<String, Value>) -> Self {
-        for (wrapper, path) in
-            WRAPPERS.into_iter().zip(["text_config.", "language_config.", "llm_config."])
-        {
+        for wrapper in WRAPPERS {
             if let Some(Value::Object(map)) = root.get(wrapper)
                 && map.contains_key("num_hidden_layers")
             {
-                return Self { map, path, wrapper: Some(wrapper) };
+                return Self { map, path: Path(wrapper, "") };
             }
         }
-        Self { map: root, path: "", wrapper: None }
+        Self { map: root, path: Path::default() }
+    }
+
+    /// An object within this one.
+    fn inner(&self, key: &'static str) -> Result<Option<Self>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Object(map)) => Ok(Some(Self { map, path: Path(self.path.0, key) })),
+            Some(other) => Err(self.bad(key, "an object", other)),
+        }
     }
 
     /// A field that is there and not null.
@@ -267,9 +284,9 @@ fn misplaced(map: &Map<String, Value>, path: &str, home: &Node<'_>) -> Result<()
         if here || !REUSE.contains(&key.as_str()) || harmless(key, value, home) {
             continue;
         }
-        let right = match home.wrapper {
-            Some(wrapper) => format!("inside {wrapper}"),
-            None => "at the top level".into(),
+        let right = match home.path.0 {
+            "" => "at the top level".into(),
+            wrapper => format!("inside {wrapper}"),
         };
         return Err(Error::config(format!(
             "{path}{key} would be ignored, because the model's own fields are {right}; move it there"
@@ -280,15 +297,13 @@ fn misplaced(map: &Map<String, Value>, path: &str, home: &Node<'_>) -> Result<()
 
 /// Says nothing, or nothing that the right place does not say, too.
 fn harmless(key: &str, value: &Value, home: &Node<'_>) -> bool {
-    let off = match key {
+    let default = match key {
         "index_topk_freq" => value.as_i64() == Some(1),
-        "use_index_cache" => value.as_bool() == Some(false),
+        "use_index_cache" | "index_share_for_mtp_iteration" => value.as_bool() == Some(false),
+        "index_skip_topk_offset" => home.get("index_topk_freq").is_none(),
         _ => false,
     };
-    match home.get(key) {
-        Some(there) => there == value,
-        None => off || value.is_null(),
-    }
+    value.is_null() || home.get(key).map_or(default, |there| there == value)
 }
 
 /// One field's idea of the pattern.
@@ -363,8 +378,11 @@ impl<'a> Reader<'a> {
         };
         self.strangers();
         let mut plan = Plan::assemble(claim.pattern, model, layout, claim.origin)?;
-        plan.inactive = inactive;
         plan.notes = self.notes;
+        if let Some(why) = inactive {
+            plan.notes.insert(0, format!("configured but inactive: {why}"));
+            plan.inactive = Some(why);
+        }
         Ok(plan)
     }
 
@@ -431,28 +449,20 @@ impl<'a> Reader<'a> {
     }
 
     fn m3(&self) -> Result<Node<'a>> {
-        let (key, path) = match self.home.wrapper {
-            Some("text_config") => {
-                ("sparse_attention_config", "text_config.sparse_attention_config.")
-            }
-            _ => ("sparse_attention_config", "sparse_attention_config."),
-        };
-        match self.home.get(key) {
-            Some(Value::Object(map)) => {
-                let node = Node { map, path, wrapper: None };
-                if node.flag("use_sparse_attention")? == Some(false) {
-                    return Err(Error::config(format!(
-                        "{path}use_sparse_attention is false: no layer has an indexer, so there is nothing to plan"
-                    )));
-                }
-                Ok(node)
-            }
-            Some(other) => Err(self.home.bad(key, "an object", other)),
-            None => Err(Error::config(format!(
+        let key = "sparse_attention_config";
+        let Some(node) = self.home.inner(key)? else {
+            return Err(Error::config(format!(
                 "{}{key} is missing: without it servers run this model dense, so there is nothing to plan",
                 self.home.path
-            ))),
+            )));
+        };
+        if node.flag("use_sparse_attention")? == Some(false) {
+            return Err(Error::config(format!(
+                "{}use_sparse_attention is false: no layer has an indexer, so there is nothing to plan",
+                node.path
+            )));
         }
+        Ok(node)
     }
 
     /// Which layers have an indexer, and how they differ.
@@ -549,8 +559,7 @@ impl<'a> Reader<'a> {
 
     /// `linear_attn_config.full_attn_layers`.
     fn linear_layers(&self) -> Result<Option<Vec<bool>>> {
-        let Some(Value::Object(map)) = self.home.get("linear_attn_config") else { return Ok(None) };
-        let node = Node { map, path: "linear_attn_config.", wrapper: None };
+        let Some(node) = self.home.inner("linear_attn_config")? else { return Ok(None) };
         let Some(ids) = node.ints("full_attn_layers", false)? else { return Ok(None) };
         let mut bears = vec![false; self.layers as usize];
         for id in ids {
@@ -558,7 +567,8 @@ impl<'a> Reader<'a> {
                 Some(bear) => *bear = true,
                 None => {
                     return Err(Error::config(format!(
-                        "linear_attn_config.full_attn_layers: layer {id} is outside 0..={}",
+                        "{}full_attn_layers: layer {id} is outside 0..={}",
+                        node.path,
                         self.layers - 1
                     )));
                 }

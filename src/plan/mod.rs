@@ -453,7 +453,7 @@ impl Plan {
         self.origin
     }
 
-    /// Why no layer is Shared although the config speaks of reuse: configured, but inactive.
+    /// Why no layer is Shared although the config speaks of reuse: configured, but inactive. The first note says so, too.
     pub fn inactive(&self) -> Option<&str> {
         self.inactive.as_deref()
     }

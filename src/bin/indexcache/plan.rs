@@ -180,9 +180,7 @@ fn read(path: &Path) -> std::io::Result<Vec<u8>> {
 }
 
 fn remarks(plan: &Plan) -> String {
-    let inactive = plan.inactive().map(|why| format!("configured but inactive: {why}\n"));
-    let notes = plan.notes().iter().map(|note| format!("note: {note}\n"));
-    inactive.into_iter().chain(notes).collect()
+    plan.notes().iter().map(|note| format!("note: {note}\n")).collect()
 }
 
 /// The plan for a person.
