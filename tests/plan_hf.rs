@@ -450,6 +450,8 @@ fn glm_5_3_flash_has_an_indexer_on_some_layers() {
         "index_topk_freq: layer 3 is Shared before any layer is Full; make layer 3, the first with sparse attention, Full",
     );
     let plan = read(&flash(json!({"index_kpool_compress": false}))).unwrap();
+    let plain = json!({"index_kpool": null, "index_kpool_always_select_tail": null});
+    assert_eq!(plan.fingerprint(), read(&flash(plain)).unwrap().fingerprint());
     assert_eq!(plan.row_bytes(), 8192);
     assert_eq!(
         plan.notes(),
