@@ -27,11 +27,11 @@ def fp8(x):
 def top_k_mask(scores, causal, k):
     """The k best causal positions of each row, ties to the lowest position; all of them where there are no more than k."""
     scores = scores.masked_fill(~causal, float("-inf"))
-    kth = scores.topk(min(k, scores.shape[-1]), dim=-1).values[..., -1:]
+    kth = scores.topk(min(k, scores.shape[-1]), sorted=False).values.amin(-1, keepdim=True)
     above = scores > kth
     tied = (scores == kth) & causal
     room = k - above.sum(-1, keepdim=True)
-    return above | (tied & (tied.cumsum(-1) <= room))
+    return above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= room))
 
 
 class RMSNorm(nn.Module):
