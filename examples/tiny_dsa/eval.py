@@ -62,7 +62,7 @@ def table(model, windows, cfg, out):
 
 
 def reference(model, windows, cfg, out):
-    result = {"windows": []}
+    result = {"mean_bits_per_byte": {}, "windows": []}
     for x in windows[:4]:
         entry = {}
         for name, pattern in (("all_full", "F" * cfg["num_hidden_layers"]), ("greedy_1/4", cfg["index_topk_pattern"])):
@@ -73,6 +73,8 @@ def reference(model, windows, cfg, out):
                 "first_8_logits": {str(t): logits[t, :8].tolist() for t in REFERENCE_POSITIONS},
             }
         result["windows"].append(entry)
+    for name in result["windows"][0]:
+        result["mean_bits_per_byte"][name] = sum(w[name]["bits_per_byte"] for w in result["windows"]) / len(result["windows"])
     (out / "reference.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
