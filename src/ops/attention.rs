@@ -92,8 +92,13 @@ impl<'a> SparseAttentionArgs<'a> {
         self.out.require_shape(&[Some(rows), Some(heads), None])?;
         let d_v = self.out.shape()[2];
         within(self.out.name(), "value dimension", d_v, 1, d_qk)?;
-        if !self.softmax_scale.is_finite() {
-            return Err(Error::invalid("softmax_scale", "a finite number", self.softmax_scale));
+        // 0 is what a descriptor says that nobody filled in.
+        if !(self.softmax_scale.is_finite() && self.softmax_scale > 0.0) {
+            return Err(Error::invalid(
+                "softmax_scale",
+                "a finite, positive number",
+                self.softmax_scale,
+            ));
         }
         let (kv, page_shape, paged) = self.kv(d_qk, d_v)?;
         self.indices.require_shape(&[Some(rows), None])?;

@@ -36,7 +36,7 @@ pub struct IndexQQuantizeArgs<'a> {
     pub pow2_scale: bool,
     /// e4m3 `[rows, heads, dim]`, written.
     pub q_out: Tensor<'a>,
-    /// f32 `[rows, heads]`, written: `weights * scale * q_scale`.
+    /// f32 `[rows, heads]`, written: `weights * scale * q_scale`. May be `weights` itself.
     pub weights_out: Tensor<'a>,
 }
 
@@ -131,16 +131,17 @@ impl<'a> IndexQQuantizeArgs<'a> {
         self.weights.require_shape(&[Some(rows), Some(heads)])?;
         self.q_out.require_shape(&[Some(rows), Some(heads), Some(dim)])?;
         self.weights_out.require_shape(&[Some(rows), Some(heads)])?;
-        let inputs = [Some(&self.q), Some(&self.weights)];
+        let in_place = self.weights_out.as_ptr() == self.weights.as_ptr()
+            && self.weights_out.strides() == self.weights.strides();
         let device = one_device(&[
             Some(&self.q),
             Some(&self.weights),
             Some(&self.q_out),
             Some(&self.weights_out),
         ])?;
-        separate(&self.q_out, &inputs)?;
-        separate(&self.weights_out, &inputs)?;
-        separate(&self.weights_out, &[Some(&self.q_out)])?;
+        separate(&self.q_out, &[Some(&self.q), Some(&self.weights)])?;
+        let apart = Some(&self.weights).filter(|_| !in_place);
+        separate(&self.weights_out, &[Some(&self.q), Some(&self.q_out), apart])?;
         Ok(IndexQQuantize {
             q,
             weights: self.weights.view()?,

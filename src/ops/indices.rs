@@ -45,9 +45,9 @@ impl<'a> IndicesToSlotsArgs<'a> {
     pub fn check(self) -> Result<IndicesToSlots<'a>> {
         let indices = self.indices.view::<i32, 2>()?;
         let [rows, k] = indices.shape();
-        within("page_size", "a page size", self.page_size, 1, i32::MAX as usize)?;
         let store = match self.map.block_table {
             Some(_) => {
+                within("page_size", "a page size", self.page_size, 1, i32::MAX as usize)?;
                 Store::Paged { pages: i32::MAX as usize / self.page_size, page: self.page_size }
             }
             None => Store::Contiguous(i32::MAX as usize),

@@ -84,15 +84,15 @@ pub(super) fn index_q_quantize(cpu: &Cpu, op: &IndexQQuantize<'_>) {
         let mut x = [0.0; MAX_INDEX_DIM];
         let x = &mut x[..dim];
         for t in task * per_task..((task + 1) * per_task).min(rows) {
-            // SAFETY: one task a row.
-            let weights = unsafe { op.weights_out.row(&[t]) };
-            for (h, (o, &w)) in weights.iter_mut().zip(op.weights.row(&[t])).enumerate() {
+            for h in 0..heads {
                 to_f32(&op.q, &[t, h], x);
                 let scale = prepare(x, op.hadamard, op.pow2_scale);
                 // SAFETY: one task a row.
                 let codes = unsafe { op.q_out.row(&[t, h]) }.iter_mut();
                 codes.zip(&*x).for_each(|(o, &x)| *o = F8E4M3(fp8::encode(x / scale)));
-                *o = w * op.scale * scale;
+                let weight = op.weights.row(&[t])[h] * op.scale * scale;
+                // SAFETY: one task a row, and no reference to `weights`, which may lie in the same place.
+                unsafe { op.weights_out.row(&[t])[h] = weight };
             }
         }
     });

@@ -148,10 +148,11 @@ pub fn index_q_quantize(op: &IndexQQuantize<'_>) {
     let [rows, heads, _] = op.q.shape();
     for (t, h) in (0..rows).flat_map(|t| (0..heads).map(move |h| (t, h))) {
         let (codes, scale) = quantize(&row(&op.q, &[t, h]), op.hadamard, op.pow2_scale);
+        let weight = op.weights.row(&[t])[h] * op.scale * scale; // Before it may be overwritten in place.
         // SAFETY: one row at a time, on one thread.
         let (q, w) = unsafe { (op.q_out.row(&[t, h]), op.weights_out.row(&[t])) };
         q.iter_mut().zip(codes).for_each(|(o, c)| *o = F8E4M3(c));
-        w[h] = op.weights.row(&[t])[h] * op.scale * scale;
+        w[h] = weight;
     }
 }
 
