@@ -60,9 +60,9 @@ def quantize(x, rotate=False, pow2=False):
 
 def index_k_pages(pages, dim):
     """Views of page-planar pages: codes [pages, 64, dim] and float32 scales [pages, 64]."""
-    n = len(pages)
-    flat = pages.reshape(n, 64 * (dim + 4))
-    return flat[:, : 64 * dim].reshape(n, 64, dim), flat[:, 64 * dim :].view(np.float32)
+    n, size = len(pages), 64 * (dim + 4)
+    codes = np.ndarray((n, 64, dim), np.uint8, pages, 0, (size, dim, 1))
+    return codes, np.ndarray((n, 64), np.float32, pages, 64 * dim, (size, 4))
 
 
 def kv_fp8(kv):

@@ -30,12 +30,6 @@ SCALARS = {
     "idxc_status": ctypes.c_int32,
     "idxc_log_callback": _abi.LogCallback,
 }
-CHECKED = {
-    ctypes.c_int32: _abi.Int32,
-    ctypes.c_int64: _abi.Int64,
-    ctypes.c_uint32: _abi.UInt32,
-    ctypes.c_uint64: _abi.UInt64,
-}
 
 
 def python_name(c_name):
@@ -86,7 +80,7 @@ def test_every_table_entry_in_order():
     assert [(n, ctype(c)) for c, n in head] == _abi.Api._fields_[:2]
     for (result, name, args), (_, *ours) in zip(ENTRIES, _abi.FUNCTIONS):
         want = [] if args.strip() == "void" else [ctype(split(a)[0]) for a in args.split(",")]
-        assert ours == [ctype(result), *(CHECKED.get(t, t) for t in want)], name
+        assert ours == [ctype(result), *(_abi.CHECKED.get(t, t) for t in want)], name
 
 
 def test_every_constant():

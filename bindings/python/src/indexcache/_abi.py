@@ -18,6 +18,7 @@ from ctypes import (
     c_void_p,
     sizeof,
 )
+from typing import Any, ClassVar, List, Tuple
 
 
 def checked(ctype):
@@ -32,7 +33,8 @@ def checked(ctype):
     return type(ctype.__name__, (ctype,), {"from_param": classmethod(from_param)})
 
 
-Int32, Int64, UInt32, UInt64 = map(checked, (c_int32, c_int64, c_uint32, c_uint64))
+CHECKED = {t: checked(t) for t in (c_int32, c_int64, c_uint32, c_uint64)}
+Int32, Int64, UInt32, UInt64 = CHECKED.values()
 SIZE = UInt64  # size_t: the library is 64-bit only.
 
 LogCallback = CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
@@ -233,7 +235,7 @@ P = POINTER
 STREAM, MEMORY = c_void_p, c_void_p
 
 # Name, result, arguments; in the table's order.
-FUNCTIONS = [
+FUNCTIONS: List[Tuple[Any, ...]] = [
     ("idxc_version", c_uint32),
     ("idxc_status_name", c_char_p, Int32),
     ("idxc_last_error", c_char_p),
@@ -281,7 +283,7 @@ FUNCTIONS = [
 
 
 class Api(Structure):
-    _fields_ = [
+    _fields_: ClassVar[Any] = [
         ("struct_size", c_uint32),
         ("version", c_uint32),
         *((name, CFUNCTYPE(*types)) for name, *types in FUNCTIONS),

@@ -57,9 +57,10 @@ def set_log_callback(callback: Optional[Callable[[int, str], None]]) -> None:
 class _Handle:
     """A C handle. Freed with the last reference, views of its memory among them."""
 
-    def __init__(self, struct: type, create: Callable[[Any], int], destroy: Callable[[Any], None]):
-        self._as_parameter_ = None
-        handle = POINTER(struct)()
+    def __init__(self, struct: Any, create: Callable[[Any], int], destroy: Callable[[Any], None]):
+        self._as_parameter_: Any = None
+        self.keep: Any = None  # What has to live as long.
+        handle: Any = POINTER(struct)()
         check(create(byref(handle)))
         self._as_parameter_, self._destroy = handle, destroy
 
@@ -101,7 +102,7 @@ def _size(query: Callable[[Any], int]) -> int:
     return size.value
 
 
-def _info(struct: type, get: Callable[[Any], int]) -> SimpleNamespace:
+def _info(struct: Any, get: Callable[[Any], int]) -> SimpleNamespace:
     """An info struct as a plain object."""
     c = struct(struct_size=ctypes.sizeof(struct))
     check(get(byref(c)))
@@ -226,7 +227,7 @@ class Cache(_Owner):
             lambda out: api.idxc_cache_create(context._handle, plan._handle, byref(c), out),
             api.idxc_cache_destroy,
         )
-        self._handle.buffer = borrow  # desc.buffer has to outlive the handle.
+        self._handle.keep = borrow  # desc.buffer among them.
         self._on_host = context._on_host
         self._lock = threading.Lock()
 

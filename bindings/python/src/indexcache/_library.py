@@ -86,6 +86,7 @@ def lib() -> SimpleNamespace:
     """The library's functions by name."""
     if _functions is None:
         load()
+    assert _functions is not None
     return _functions
 
 

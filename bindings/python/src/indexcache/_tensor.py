@@ -77,7 +77,7 @@ class Borrow:
         if value is None:
             return None
         typed = value if isinstance(value, Typed) else None
-        array = typed.array if typed else value
+        array: Any = typed.array if typed else value
         if isinstance(array, np.ndarray):
             tensor = self._numpy(name, array, written)
         elif hasattr(array, "__dlpack__"):

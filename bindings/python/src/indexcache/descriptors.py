@@ -9,6 +9,7 @@ from ._tensor import Borrow, Tensor
 from .constants import BACKEND_AUTO
 
 
+@dataclass
 class _Desc:
     _written: ClassVar[FrozenSet[str]] = frozenset()
 
@@ -22,7 +23,7 @@ class _Desc:
             if ctype is _abi.T:
                 value = borrow(f.name, value, f.name in self._written)
             elif ctype is not ctypes.c_float:
-                value = _abi.checked(ctype).from_param(value)
+                value = _abi.CHECKED[ctype].from_param(value)
             setattr(c, f.name, value)
         return c
 
