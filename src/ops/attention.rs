@@ -163,6 +163,9 @@ impl<'a> SparseAttentionArgs<'a> {
         let unit = t.shape().len() == 3 && t.shape()[1] == 1 && self.map.block_table.is_none();
         let t = if unit { t.squeeze(1)? } else { t };
         let paged = t.shape().len() == 3;
+        if paged {
+            within(t.name(), "a page size", t.shape()[1], 1, i32::MAX as usize)?;
+        }
         let t = if let (&[tokens, width], &[step, inner]) = (t.shape(), t.strides()) {
             let (shape, strides) = ([1, tokens, width], [0, step, inner]);
             // SAFETY: the same elements behind one more dimension of extent 1.

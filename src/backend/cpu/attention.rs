@@ -67,7 +67,8 @@ fn lay<'a>(b: &mut Bump<'a>, op: &SparseAttention<'_>, cut: Cut) -> Worker<'a> {
 }
 
 impl SparseAttention<'_> {
-    /// Bytes of workspace that [`Cpu::sparse_attention`] needs with this many threads, whatever their alignment.
+    /// Bytes of workspace that [`Cpu::sparse_attention`] needs with this many threads, whatever their alignment, for
+    /// these shapes and all smaller ones: fewer heads or rows never make larger groups or more workers.
     pub fn workspace(&self, threads: usize) -> usize {
         let cut = Cut::of(self, threads);
         let worker = layout::measure(|b| lay(b, self, cut));

@@ -77,7 +77,7 @@ pub(super) fn keys(map: &KeyMap<'_>, count: usize) -> Result<usize> {
     Ok(longest)
 }
 
-/// Slots to write to. Returns how many there are to write.
+/// Slots to write to.
 pub(super) fn slots(slots: &Slots<'_>, limit: usize) -> Result<()> {
     (0..slots.len()).try_for_each(|i| match slots.get(i) {
         s if s >= -1 && s < limit as i64 => Ok(()),
@@ -129,7 +129,7 @@ pub(super) fn attention(op: &SparseAttention<'_>) -> Result<()> {
     if let Some(map) = &op.map {
         rows(map, op.rows, false)?;
     }
-    let limit = op.page_shape[0] * op.page_shape[1];
+    let limit = op.page_shape[0].saturating_mul(op.page_shape[1]);
     for r in 0..op.rows {
         let row = op.indices.row(&[r]);
         let count = op.row_topk.map_or(op.topk as i64, |v| i64::from(v.row(&[])[r]));

@@ -156,7 +156,7 @@ impl Cpu {
     /// Quantises new indexer keys into their pages.
     pub fn index_k_write(&self, op: &IndexKWrite<'_>) -> Result<()> {
         check::device(op.device)?;
-        check::slots(&op.slots, op.pages.shape()[0] * PAGE)?;
+        check::slots(&op.slots, op.pages.shape()[0].saturating_mul(PAGE))?;
         quant::index_k_write(self, op);
         Ok(())
     }
@@ -207,7 +207,7 @@ impl Cpu {
     /// Writes KV rows to their pages.
     pub fn kv_write(&self, op: &KvWrite<'_>) -> Result<()> {
         check::device(op.device)?;
-        check::slots(&op.slots, op.page_shape[0] * op.page_shape[1])?;
+        check::slots(&op.slots, op.page_shape[0].saturating_mul(op.page_shape[1]))?;
         quant::kv_write(self, op);
         Ok(())
     }

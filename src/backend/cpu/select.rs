@@ -169,24 +169,26 @@ pub(super) fn topk(cpu: &Cpu, op: &TopK<'_>) {
 }
 
 /// How a fused select is cut up: blocks of rows that share key panels, times ranges of keys when there are few
-/// blocks. Follows from shapes and threads alone, so that the workspace can be sized; results do not depend on it.
+/// blocks. Results do not depend on it.
 #[derive(Clone, Copy, Debug)]
 struct Cut {
     block: usize,
     blocks: usize,
     ranges: usize,
-    workers: usize,
 }
+
+/// Most rows a block.
+const BLOCK: usize = 8;
 
 impl Cut {
     fn of(op: &Select<'_>, threads: usize) -> Self {
         let rows = op.indexer.rows;
-        let block = rows.clamp(1, 8);
+        let block = rows.clamp(1, BLOCK);
         let blocks = rows.div_ceil(block);
         // A range much shorter than 2k would keep most of its positions, and merging would cost more than it saves.
         let useful = op.indexer.map.max_len() / (2 * op.topk).max(8 * TILE);
-        let ranges = (2 * threads).div_ceil(blocks.max(1)).clamp(1, useful.max(1));
-        Cut { block, blocks, ranges, workers: threads.min(blocks * ranges) }
+        let wanted = if threads > 1 { 2 * threads / blocks.max(1) } else { 1 };
+        Cut { block, blocks, ranges: wanted.clamp(1, useful.max(1)) }
     }
 }
 
@@ -195,25 +197,29 @@ struct Worker<'a> {
     scoring: Scratch<'a>,
     ranks: &'a mut [i32],
     positions: &'a mut [i32],
-    lens: [usize; 8],
-    thresholds: [i32; 8],
+    lens: [usize; BLOCK],
+    thresholds: [i32; BLOCK],
 }
 
-fn lay_worker<'a>(b: &mut Bump<'a>, op: &Select<'_>, cut: Cut) -> Worker<'a> {
+fn lay_worker<'a>(b: &mut Bump<'a>, op: &Select<'_>) -> Worker<'a> {
     let ix = &op.indexer;
+    let block = ix.rows.min(BLOCK);
     Worker {
         scoring: Scratch {
-            q: b.take(cut.block * ix.heads * ix.dim / 2),
+            q: b.take(block * ix.heads * ix.dim / 2),
             panel: b.take(ix.dim / 2 * TILE),
         },
-        ranks: b.take(cut.block * capacity(op.topk)),
-        positions: b.take(cut.block * capacity(op.topk)),
-        lens: [0; 8],
-        thresholds: [i32::MIN; 8],
+        ranks: b.take(block * capacity(op.topk)),
+        positions: b.take(block * capacity(op.topk)),
+        lens: [0; BLOCK],
+        thresholds: [i32::MIN; BLOCK],
     }
 }
 
 /// The whole workspace: the workers' bytes, and each range's best of each row, if there are several ranges.
+///
+/// Sizes are bounds that shrink with every extent, not what [`Cut`] makes of the shapes: a host sizes its workspace
+/// once, for the largest call it will make, and fewer rows mean more ranges.
 struct Shared<'a> {
     workers: &'a mut [u8],
     ranks: &'a mut [i32],
@@ -221,22 +227,26 @@ struct Shared<'a> {
     lens: &'a mut [i32],
 }
 
-fn lay_shared<'a>(b: &mut Bump<'a>, op: &Select<'_>, cut: Cut) -> Shared<'a> {
-    let worker = layout::measure(|b| lay_worker(b, op, cut));
-    let parts = if cut.ranges > 1 { op.indexer.rows * cut.ranges } else { 0 };
+fn lay_shared<'a>(b: &mut Bump<'a>, op: &Select<'_>, threads: usize) -> Shared<'a> {
+    let rows = op.indexer.rows;
+    let worker = layout::measure(|b| lay_worker(b, op));
+    // `rows * ranges` is at most `BLOCK * blocks * (2 * threads / blocks)`, and `ranges * topk` half of a row.
+    let parts = if threads > 1 { 2 * threads * rows.min(BLOCK) } else { 0 };
+    let half = op.indexer.map.max_len() / 2;
+    let entries = parts.saturating_mul(op.topk).min(rows.saturating_mul(half));
     Shared {
-        workers: b.take(cut.workers * worker),
-        ranks: b.take(parts.saturating_mul(op.topk)),
-        positions: b.take(parts.saturating_mul(op.topk)),
+        workers: b.take(threads.saturating_mul(worker)),
+        ranks: b.take(entries),
+        positions: b.take(entries),
         lens: b.take(parts),
     }
 }
 
 impl Select<'_> {
-    /// Bytes of workspace that [`Cpu::select`] needs with this many threads, whatever their alignment.
+    /// Bytes of workspace that [`Cpu::select`] needs with this many threads, whatever their alignment, for these
+    /// shapes and all smaller ones.
     pub fn workspace(&self, threads: usize) -> usize {
-        let cut = Cut::of(self, threads);
-        layout::with_slack(layout::measure(|b| lay_shared(b, self, cut)))
+        layout::with_slack(layout::measure(|b| lay_shared(b, self, threads)))
     }
 }
 
@@ -264,20 +274,20 @@ impl Parts {
 pub(super) fn select(cpu: &Cpu, op: &Select<'_>, workspace: &mut [u8]) -> Result<()> {
     let (ix, k, isa) = (&op.indexer, op.topk, cpu.isa);
     let cut = Cut::of(op, cpu.threads());
-    let bytes = layout::measure(|b| lay_shared(b, op, cut));
+    let bytes = layout::measure(|b| lay_shared(b, op, cpu.threads()));
     let memory = layout::aligned("workspace", workspace, bytes)?;
-    let shared = lay_shared(&mut Bump::over(memory), op, cut);
+    let shared = lay_shared(&mut Bump::over(memory), op, cpu.threads());
     let [ranks, positions, lens] = [shared.ranks, shared.positions, shared.lens].map(Parts::of);
     // Rows that take everything are not scored.
     let scored = |row| match ix.map.len(row) {
         n if n <= k => 0,
         n => n,
     };
-    let worker = shared.workers.len() / cut.workers.max(1);
+    let worker = shared.workers.len() / cpu.threads();
     cpu.run_with(cut.blocks * cut.ranges, shared.workers, worker, |task, scratch| {
         let (first, range) = (task / cut.ranges * cut.block, task % cut.ranges);
         let rows = first..(first + cut.block).min(ix.rows);
-        let mut w = lay_worker(&mut Bump::over(scratch), op, cut);
+        let mut w = lay_worker(&mut Bump::over(scratch), op);
         let tiles = rows.clone().map(scored).max().unwrap_or(0).div_ceil(TILE);
         let tiles = tiles * range / cut.ranges..tiles * (range + 1) / cut.ranges;
         let room = capacity(k);
