@@ -81,7 +81,6 @@ Engine::Engine(const Model& model, const indexcache::Context& context, const ind
   index_q_ = rows_of(c.index_heads * c.index_dim);
   index_k_ = rows_of(c.index_dim);
   index_weights_ = rows_of(c.index_heads);
-  index_scaled_ = rows_of(c.index_heads);
   index_q8_.resize(index_q_.size());
   reserve_workspace();
 }
@@ -203,17 +202,16 @@ void Engine::write_index_k(int64_t layer, const Batch& batch) {
   check(context_.index_k_write(desc));
 }
 
-// Queries to fp8; their scales, and dim^-0.5 * heads^-0.5, go into the head weights.
+// Queries to fp8; their scales, and dim^-0.5 * heads^-0.5, go into the head weights, in place.
 void Engine::quantize_index_q(int64_t rows) {
   const Tensor q(index_q_.data(), {rows, config_.index_heads, config_.index_dim});
   const Tensor q8(index_q8_.data(), {rows, config_.index_heads, config_.index_dim});
   const Tensor weights(index_weights_.data(), {rows, config_.index_heads});
-  const Tensor scaled(index_scaled_.data(), {rows, config_.index_heads});
   idxc_index_q_quantize_desc desc = IDXC_INDEX_Q_QUANTIZE_DESC_INIT;
   desc.q = q;
   desc.weights = weights;
   desc.q_out = q8;
-  desc.weights_out = scaled;
+  desc.weights_out = weights;
   check(context_.index_q_quantize(desc));
 }
 
@@ -293,7 +291,7 @@ void Engine::reserve_workspace() {
 template <class Use>
 void Engine::with_indexer(int64_t layer, int64_t rows, const Batch& batch, const BlockTable& table, Use use) {
   const Tensor q(index_q8_.data(), {rows, config_.index_heads, config_.index_dim});
-  const Tensor weights(index_scaled_.data(), {rows, config_.index_heads});
+  const Tensor weights(index_weights_.data(), {rows, config_.index_heads});
   const Tensor k = stores_.index_k(layer);
   const Tensor block_table = table.tensor();
   const Tensor row_request(batch.request.data(), {rows});

@@ -89,7 +89,7 @@ class Engine {
 
   // Activations, [max_rows, …].
   std::vector<float> hidden_, normed_, q_latent_, q_heads_, q_, kv_, attended_, mixed_, output_, gate_, up_, logits_;
-  std::vector<float> index_q_, index_k_, index_weights_, index_scaled_;
+  std::vector<float> index_q_, index_k_, index_weights_;
   std::vector<indexcache::fp8_e4m3> index_q8_;
 };
 

@@ -38,22 +38,30 @@ fn results(report: &Value, requests: usize) -> Vec<(Vec<u64>, Vec<Value>)> {
 
 #[test]
 fn bits_per_byte_are_those_of_pytorch() {
-    let report = json("--requests 2 --decode 2");
+    let report = json("--requests 4 --decode 2");
     let reference: Value =
         serde_json::from_str(&std::fs::read_to_string(format!("{MODEL}/reference.json")).unwrap())
             .unwrap();
-    for (run, name) in [(0, "all_full"), (1, "greedy_1/4")] {
+    // Weights that differ by 1e-7 move PyTorch's own value of one window by 1e-3 under the pattern, where a near tie in
+    // top-k that falls the other way is reused five times. All-Full moves by 2e-4.
+    for (run, name, window_tolerance) in [(0, "all_full", 1e-3), (1, "greedy_1/4", 3e-3)] {
         let run = &report["runs"][run];
-        for window in 0..2 {
+        let mut expected_sum = 0.0;
+        for window in 0..4 {
             let want = &reference["windows"][window][name];
             let got = run["bits_per_byte_by_request"][window].as_f64().unwrap();
             let expected = want["bits_per_byte"].as_f64().unwrap();
+            let difference = (got - expected).abs();
             assert_eq!(run["pattern"], want["pattern"]);
-            assert!(
-                (got - expected).abs() < 1e-3,
-                "{name}, window {window}: {got}, not {expected}"
-            );
+            assert!(difference < window_tolerance, "{name}, {window}: {got}, not {expected}");
+            expected_sum += expected;
         }
+        let got = run["bits_per_byte"].as_f64().unwrap();
+        assert!(
+            (got - expected_sum / 4.0).abs() < 1e-3,
+            "{name}: {got}, not {}",
+            expected_sum / 4.0
+        );
     }
     // Reuse was not vacuous: the two runs differ, and Shared layers would have selected something else.
     assert_ne!(report["runs"][0]["bits_per_byte"], report["runs"][1]["bits_per_byte"]);
