@@ -71,14 +71,15 @@ static inline const idxc_api *idxc_library_open(idxc_library *library, const cha
   api = get_api(IDXC_ABI_VERSION);
   if (!api) {
     const idxc_api *first = get_api(1);
-    snprintf(library->error, sizeof(library->error), "%s: ABI version %u, needed at least %u", path,
-             first ? (unsigned)first->version : 0u, (unsigned)IDXC_ABI_VERSION);
+    const unsigned version = first ? first->version : 0, needed = IDXC_ABI_VERSION;
+    snprintf(library->error, sizeof(library->error), "%s: ABI version %u, needed at least %u", path, version, needed);
     idxc_library_close(library);
     return NULL;
   }
   if (api->struct_size < IDXC_TABLE_SIZE_NEEDED) {
-    snprintf(library->error, sizeof(library->error), "%s: function table of %u bytes, needed at least %u", path,
-             (unsigned)api->struct_size, (unsigned)(IDXC_TABLE_SIZE_NEEDED));
+    const unsigned size = api->struct_size, needed = IDXC_TABLE_SIZE_NEEDED;
+    snprintf(library->error, sizeof(library->error), "%s: function table of %u bytes, needed at least %u", path, size,
+             needed);
     idxc_library_close(library);
     return NULL;
   }

@@ -154,7 +154,8 @@ pub(super) unsafe fn optional_tensor<'a>(
     }
     let data = match t.data.cast::<u8>() {
         data if data.is_null() => data,
-        data => data.wrapping_add(offset),
+        data if data.addr().checked_add(offset).is_some() => data.wrapping_add(offset),
+        _ => return Err(Error::invalid(name, "a byte_offset within the address space", offset)),
     };
     // SAFETY: by this function's contract.
     unsafe { Tensor::from_raw_parts(name, data, device, dtype, shape, strides).map(Some) }
