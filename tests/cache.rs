@@ -2,8 +2,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use indexcache::cache::{Cache, CacheShape};
-use indexcache::context::{BackendChoice, Context};
+use indexcache::context::{BackendChoice, Context, Stream};
 use indexcache::error::Status;
+use indexcache::layout::Workspace;
 use indexcache::ops::{IndexForm, IndexerArgs, KeyMapArgs};
 use indexcache::plan::{Indexers, Model, Pattern, Plan, Role, Spelling};
 use indexcache::tensor::{DType, Device, F8E4M3, Tensor};
@@ -55,7 +56,8 @@ fn select(
         },
     };
     let mut workspace = vec![0u8; cache.select_workspace(args).map_err(|e| e.status)?];
-    cache.select(lane, layer, || Ok(args), &mut workspace).map_err(|e| e.status)
+    let workspace = Workspace::from(&mut workspace[..]);
+    cache.select(lane, layer, || Ok(args), workspace, Stream::DEFAULT).map_err(|e| e.status)
 }
 
 fn selected(favourite: usize) -> Vec<i32> {
@@ -131,7 +133,7 @@ proptest! {
                     let rows = held[lane].as_ref().map_or(1, |h| h.0);
                     let given = vec![value; rows * TOPK];
                     let tensor = Tensor::from_slice("indices", &given, &[rows, TOPK]).unwrap();
-                    let got = cache.publish(lane, layer, Some(tensor), IndexForm::Logical, 0);
+                    let got = cache.publish(lane, layer, Some(tensor), IndexForm::Logical, 0, Stream::DEFAULT);
                     let want = match (role(layer), &mut held[lane]) {
                         (_, None) => Err(Status::Stale),
                         (Some(b'F'), Some(h)) => {
@@ -168,7 +170,7 @@ fn refused_calls_lose_nothing() {
     assert_eq!(cache.step_begin(0, 2, 1).unwrap_err().status, Status::Invalid); // The same step again.
     let short = [0i32; TOPK];
     let short = Tensor::from_slice("indices", &short, &[1, TOPK]).unwrap();
-    assert!(cache.publish(0, 0, Some(short), IndexForm::Logical, 0).is_err());
+    assert!(cache.publish(0, 0, Some(short), IndexForm::Logical, 0, Stream::DEFAULT).is_err());
     assert_eq!(rows(&cache.indices(0, 1).unwrap().0), before);
 }
 
@@ -217,11 +219,11 @@ fn stage_hand_off_keeps_the_indices() {
     assert_eq!(Some(sends), second.receive().map(|h| h.source));
     let mut wire = vec![0i32; 2 * TOPK];
     let out = Tensor::from_slice_mut("out", &mut wire, &[2, TOPK]).unwrap();
-    a.export(0, 1, out).unwrap();
+    a.export(0, 1, out, Stream::DEFAULT).unwrap();
     // Without them, the Shared layer must not run.
     assert_eq!(b.indices(0, 2).unwrap_err().status, Status::Stale);
     let received = Tensor::from_slice("indices", &wire, &[2, TOPK]).unwrap();
-    b.publish(0, sends, Some(received), IndexForm::Logical, 0).unwrap();
+    b.publish(0, sends, Some(received), IndexForm::Logical, 0, Stream::DEFAULT).unwrap();
     assert_eq!(rows(&b.indices(0, 2).unwrap().0), vec![selected(3); 2]);
     assert_eq!(whole.role(3).unwrap(), Role::Full);
     assert_eq!(b.indices(0, 4).unwrap_err().status, Status::Stale); // Its source is layer 3 of this stage.
@@ -233,7 +235,7 @@ fn draft_steps_carry_their_own_indices_of_accepted_rows() {
     let mut cache = cache(&shared, 2, 4);
     let carry = |cache: &mut Cache, lane, from: &[i32], step| {
         let t = Tensor::from_slice("from", from, &[from.len()]).unwrap();
-        cache.step_carry(lane, t, step).map_err(|e| e.status)
+        cache.step_carry(lane, t, step, Stream::DEFAULT).map_err(|e| e.status)
     };
     // The target model's indices never reach the draft.
     cache.step_begin(0, 4, 1).unwrap();
@@ -244,7 +246,7 @@ fn draft_steps_carry_their_own_indices_of_accepted_rows() {
     assert_eq!(carry(&mut cache, 1, &[0], 2), Err(Status::Stale)); // Nothing selected yet.
     let given: Vec<i32> = (0..4).flat_map(|r| vec![r * 10; TOPK]).collect();
     let given = Tensor::from_slice("indices", &given, &[4, TOPK]).unwrap();
-    cache.publish(1, 2, Some(given), IndexForm::Logical, 0).unwrap();
+    cache.publish(1, 2, Some(given), IndexForm::Logical, 0, Stream::DEFAULT).unwrap();
     for bad in [&[1, 1][..], &[2, 1], &[4], &[-1, 0], &[-2]] {
         assert_eq!(carry(&mut cache, 1, bad, 2), Err(Status::Invalid), "{bad:?}");
     }
@@ -271,12 +273,12 @@ fn slots_are_refused_under_another_block_table() {
     let plan = plan("FS", 0, false);
     let mut cache = cache(&plan, 1, 1);
     cache.step_begin(0, 1, 1).unwrap();
-    cache.publish(0, 0, None, IndexForm::Slots, 42).unwrap();
+    cache.publish(0, 0, None, IndexForm::Slots, 42, Stream::DEFAULT).unwrap();
     assert_eq!(cache.indices_under(0, 1, 42).unwrap().1, IndexForm::Slots);
     assert_eq!(cache.indices_under(0, 1, 43).unwrap_err().status, Status::Form);
     assert_eq!(cache.indices_under(0, 1, 0).unwrap_err().status, Status::Form);
     assert_eq!(
-        cache.publish(0, 0, None, IndexForm::Logical, 42).unwrap_err().status,
+        cache.publish(0, 0, None, IndexForm::Logical, 42, Stream::DEFAULT).unwrap_err().status,
         Status::Invalid
     );
 }

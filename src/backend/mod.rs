@@ -1,3 +1,4 @@
 //! What executes the operations.
 
 pub mod cpu;
+pub mod cuda;

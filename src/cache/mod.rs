@@ -3,8 +3,9 @@
 //! One int32 `[rows, topk]` buffer a lane: layers run in order, so only the newest Full layer's indices are ever
 //! needed. The lane remembers whose they are, and hands them out only to a layer that may have them.
 
-use crate::context::{Backend, Context};
+use crate::context::{Context, Memory, Stream};
 use crate::error::{Error, Result, Status};
+use crate::layout::Workspace;
 use crate::ops::{IndexForm, IndexerArgs};
 use crate::plan::{Plan, Role};
 use crate::tensor::{DType, Tensor};
@@ -21,7 +22,7 @@ pub struct Cache {
     /// Elements between rows.
     row_stride: usize,
     /// Memory of the library's own, if the host gave none.
-    _owned: Option<Vec<i32>>,
+    _owned: Option<Memory>,
 }
 
 // SAFETY: lane pointers are to `_owned` or to the host's buffer, which `Cache::new`'s contract dedicates to the cache.
@@ -135,17 +136,7 @@ impl Cache {
                 (view.as_mut_ptr(), lane, row)
             }
             None => {
-                let mut memory: Vec<i32> = Vec::new();
-                memory.try_reserve_exact(elements).map_err(|_| {
-                    Error::new(
-                        Status::OutOfMemory,
-                        format!(
-                            "max_rows: no memory for {} bytes of indices",
-                            elements * size_of::<i32>()
-                        ),
-                    )
-                })?;
-                memory.resize(elements, -1);
+                let mut memory = context.allocate(elements)?;
                 let data = memory.as_mut_ptr();
                 owned = Some(memory);
                 (data, shape.max_rows * topk, topk)
@@ -216,7 +207,13 @@ impl Cache {
 
     /// Begins the next draft iteration with the indices of the one before: row `i` takes old row `from[i]`. `from`
     /// (int32 `[rows]`) ascends strictly, with a -1 tail for padding rows. Only for plans whose MTP layers share.
-    pub fn step_carry(&mut self, lane: usize, from: Tensor<'_>, step_id: u64) -> Result<()> {
+    pub fn step_carry(
+        &mut self,
+        lane: usize,
+        from: Tensor<'_>,
+        step_id: u64,
+        stream: Stream,
+    ) -> Result<()> {
         let step = self.step(lane)?;
         let written = step.written.ok_or_else(|| {
             Error::new(
@@ -237,24 +234,19 @@ impl Cache {
         from.require_device(self.context.device())?;
         let map = from.view::<i32, 1>()?;
         let rows = map.shape()[0];
-        let map = map.row(&[]);
-        check_row_map(map, step.rows)?;
+        if rows > self.max_rows {
+            let want = format_args!("at most max_rows = {} rows", self.max_rows);
+            return Err(Error::invalid("from", want, rows));
+        }
         self.lane(lane)?.check_new_step(lane, step_id)?;
 
-        let (topk, stride) = (self.topk, self.row_stride);
-        let target = self.lane_mut(lane)?;
-        target.step.set(None); // Half-moved rows are nobody's, should anything fail below.
-        for (i, &old) in map.iter().enumerate() {
-            let to = target.data.wrapping_add(i * stride);
-            // SAFETY: rows `i <= old < step.rows <= max_rows` lie in the lane; an ascending map reads each old row
-            // before anything overwrites it, and the two rows are the same or disjoint.
-            unsafe {
-                match usize::try_from(old) {
-                    Ok(old) => std::ptr::copy(target.data.wrapping_add(old * stride), to, topk),
-                    Err(_) => std::slice::from_raw_parts_mut(to, topk).fill(-1),
-                }
-            }
+        self.lane(lane)?.step.set(None); // Half-moved rows are nobody's.
+        let data = self.tensor(lane, self.max_rows)?.view_mut::<i32, 2>()?;
+        if let Err(e) = self.context.carry_rows(&data, &map, step.rows, stream) {
+            self.lane(lane)?.step.set(Some(step)); // Refused before anything was moved.
+            return Err(e);
         }
+        let target = self.lane_mut(lane)?;
         target.begin(Step { id: step_id, rows, written: Some(written), carried: true });
         Ok(())
     }
@@ -266,7 +258,8 @@ impl Cache {
         lane: usize,
         layer: u32,
         args: impl FnOnce() -> Result<IndexerArgs<'a>>,
-        workspace: &mut [u8],
+        workspace: Workspace<'_>,
+        stream: Stream,
     ) -> Result<()> {
         if !self.must_select(lane, layer)? {
             return Ok(());
@@ -284,8 +277,7 @@ impl Cache {
         let op = args.check_select(self.tensor(lane, rows)?)?;
         // Until the new indices are whole, the lane holds none.
         self.set_written(lane, None)?;
-        let Backend::Cpu(cpu) = self.context.backend();
-        match cpu.select(&op, workspace) {
+        match self.context.select(&op, workspace, stream) {
             Ok(()) => self
                 .set_written(lane, Some(Written { layer, form: IndexForm::Logical, table_id: 0 })),
             Err(e) => {
@@ -300,8 +292,7 @@ impl Cache {
     pub fn select_workspace(&self, args: IndexerArgs<'_>) -> Result<usize> {
         let rows = args.q.shape().first().copied().unwrap_or(0);
         let op = args.check_select(self.rows(rows)?)?;
-        let Backend::Cpu(cpu) = self.context.backend();
-        Ok(op.workspace(cpu.threads()))
+        Ok(self.context.select_workspace(&op))
     }
 
     /// Whether `select` has work to do on this layer. An error if the layer has no sparse attention, or would reuse
@@ -368,6 +359,7 @@ impl Cache {
         indices: Option<Tensor<'_>>,
         form: IndexForm,
         table_id: u64,
+        stream: Stream,
     ) -> Result<()> {
         let step = self.step(lane)?;
         if self.plan.receive().map(|h| h.source) != Some(layer) {
@@ -401,10 +393,7 @@ impl Cache {
                     ));
                 }
                 self.set_written(lane, None)?;
-                for r in 0..step.rows {
-                    // SAFETY: each row once, and the memory is apart from `given`'s.
-                    unsafe { to.row(&[r]) }.copy_from_slice(from.row(&[r]));
-                }
+                self.context.copy_rows(&from, &to, stream)?;
             } else if step.rows > 1 && from.strides() != to.strides() {
                 return Err(Error::invalid(
                     "indices",
@@ -417,7 +406,7 @@ impl Cache {
     }
 
     /// Copies the indices that `layer` uses to `out`, int32 `[rows, topk]`, for the stage after.
-    pub fn export(&self, lane: usize, layer: u32, out: Tensor<'_>) -> Result<()> {
+    pub fn export(&self, lane: usize, layer: u32, out: Tensor<'_>, stream: Stream) -> Result<()> {
         let (from, _) = self.indices(lane, layer)?;
         out.require_device(self.context.device())?;
         out.require_shape(&[Some(from.shape()[0]), Some(self.topk)])?;
@@ -426,11 +415,7 @@ impl Cache {
         }
         let from = from.view::<i32, 2>()?;
         let to = out.view_mut::<i32, 2>()?;
-        for r in 0..from.shape()[0] {
-            // SAFETY: each row once, and the memory is apart from the lane's.
-            unsafe { to.row(&[r]) }.copy_from_slice(from.row(&[r]));
-        }
-        Ok(())
+        self.context.copy_rows(&from, &to, stream)
     }
 
     /// The indices that `layer` attends to, and their form. `table_id` names the block table in force; slots that
@@ -523,32 +508,7 @@ fn no_sparse_attention(layer: u32) -> Error {
     )
 }
 
-/// A row map ascends strictly below `rows`, then is -1.
-fn check_row_map(map: &[i32], rows: usize) -> Result<()> {
-    let mut previous = -1i64;
-    let mut tail = false;
-    for (i, &v) in map.iter().enumerate() {
-        let ok = if v == -1 {
-            tail = true;
-            true
-        } else {
-            !tail && i64::from(v) > previous && (v as i64) < rows as i64
-        };
-        if !ok {
-            return Err(Error::invalid(
-                "from",
-                format_args!("rows below {rows}, strictly ascending, then -1"),
-                format_args!("{v} at position {i}"),
-            ));
-        }
-        if v >= 0 {
-            previous = i64::from(v);
-        }
-    }
-    Ok(())
-}
-
-/// Whether two host tensors' extents share bytes.
+/// Whether two tensors' extents share bytes.
 fn overlaps(a: &Tensor<'_>, b: &Tensor<'_>) -> bool {
     let range = |t: &Tensor<'_>| {
         let last: usize =

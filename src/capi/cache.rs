@@ -8,9 +8,9 @@ use super::types::{
     idxc_indexer_desc, idxc_tensor, index_form, optional_tensor, tensor,
 };
 use super::types::{IDXC_DEVICE_CPU, IDXC_DEVICE_CUDA};
-use super::{bytes_mut, give, guard, handle, handle_mut, idxc_status, out_pointer, take};
+use super::{give, guard, handle, handle_mut, idxc_status, out_pointer, take};
 use crate::cache::{Cache, CacheShape};
-use crate::context::Backend;
+use crate::context::Stream;
 use crate::error::{Error, Result};
 use crate::ops::IndexForm;
 use crate::tensor::{Device, Tensor};
@@ -209,12 +209,11 @@ pub unsafe extern "C" fn idxc_step_carry(
     step_id: u64,
     stream: *mut c_void,
 ) -> idxc_status {
-    let _ = stream;
     guard("idxc_step_carry", || {
         // SAFETY: by this function's contract.
         let (cache, from) =
             unsafe { (handle_mut(cache, "cache")?, tensor(from, "from", Access::Elements)?) };
-        cache.0.step_carry(index(lane, "lane")?, from, step_id)
+        cache.0.step_carry(index(lane, "lane")?, from, step_id, Stream(stream))
     })
 }
 
@@ -270,15 +269,17 @@ pub unsafe extern "C" fn idxc_select(
     workspace_size: usize,
     stream: *mut c_void,
 ) -> idxc_status {
-    let _ = stream;
     guard("idxc_select", || {
         // SAFETY: by this function's contract.
         let (cache, workspace) = unsafe {
-            (handle_mut(cache, "cache")?, bytes_mut(workspace, workspace_size, "workspace")?)
+            let cache = handle_mut(cache, "cache")?;
+            let workspace = super::workspace(cache.0.context(), workspace, workspace_size)?;
+            (cache, workspace)
         };
         // SAFETY: by this function's contract.
         let args = || unsafe { indexer_args(desc, Access::Elements) };
-        cache.0.select(index(lane, "lane")?, layer_id(layer)?, args, workspace)
+        let (lane, layer) = (index(lane, "lane")?, layer_id(layer)?);
+        cache.0.select(lane, layer, args, workspace, Stream(stream))
     })
 }
 
@@ -332,14 +333,14 @@ pub unsafe extern "C" fn idxc_publish(
     table_id: u64,
     stream: *mut c_void,
 ) -> idxc_status {
-    let _ = stream;
     guard("idxc_publish", || {
         // SAFETY: by this function's contract.
         let (cache, indices) = unsafe {
             (handle_mut(cache, "cache")?, optional_tensor(indices, "indices", Access::Elements)?)
         };
         let (lane, layer) = (index(lane, "lane")?, layer_id(layer)?);
-        cache.0.publish(lane, layer, indices, index_form(form, "form")?, table_id)
+        let form = index_form(form, "form")?;
+        cache.0.publish(lane, layer, indices, form, table_id, Stream(stream))
     })
 }
 
@@ -394,12 +395,11 @@ pub unsafe extern "C" fn idxc_export(
     out: *const idxc_tensor,
     stream: *mut c_void,
 ) -> idxc_status {
-    let _ = stream;
     guard("idxc_export", || {
         // SAFETY: by this function's contract.
         let (cache, out) =
             unsafe { (handle(cache, "cache")?, tensor(out, "out", Access::Elements)?) };
-        cache.0.export(index(lane, "lane")?, layer_id(layer)?, out)
+        cache.0.export(index(lane, "lane")?, layer_id(layer)?, out, Stream(stream))
     })
 }
 
@@ -466,8 +466,7 @@ pub unsafe extern "C" fn idxc_attend_workspace(
             let form = if mapped { IndexForm::Logical } else { IndexForm::Slots };
             let op = attention_args(desc, |_| Ok((cache.rows(rows)?, form)), Access::ShapeOnly)?
                 .check()?;
-            let Backend::Cpu(cpu) = cache.context().backend();
-            size.write(op.workspace(cpu.threads()));
+            size.write(cache.context().sparse_attention_workspace(&op));
         }
         Ok(())
     })
@@ -494,7 +493,6 @@ pub unsafe extern "C" fn idxc_attend(
     workspace_size: usize,
     stream: *mut c_void,
 ) -> idxc_status {
-    let _ = stream;
     guard("idxc_attend", || {
         // SAFETY: by this function's contract.
         let (cache, op, workspace) = unsafe {
@@ -502,10 +500,10 @@ pub unsafe extern "C" fn idxc_attend(
             let (lane, layer) = (index(lane, "lane")?, layer_id(layer)?);
             let held = |table_id| cache.indices_under(lane, layer, table_id);
             let op = attention_args(desc, held, Access::Elements)?.check()?;
-            (cache, op, bytes_mut(workspace, workspace_size, "workspace")?)
+            let workspace = super::workspace(cache.context(), workspace, workspace_size)?;
+            (cache, op, workspace)
         };
-        let Backend::Cpu(cpu) = cache.context().backend();
-        cpu.sparse_attention(&op, workspace)
+        cache.context().sparse_attention(&op, workspace, Stream(stream))
     })
 }
 

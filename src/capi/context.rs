@@ -30,7 +30,7 @@ pub struct idxc_context_desc {
     pub flags: u32,
     /// One of `IDXC_BACKEND_…`.
     pub backend: i32,
-    /// CUDA: ordinal of the device. CPU: 0.
+    /// CUDA and auto: ordinal of the device. CPU: 0.
     pub device_id: i32,
     /// CPU: worker threads, 0 for all cores. Results do not depend on it. CUDA: 0.
     pub threads: i32,
@@ -50,11 +50,11 @@ pub struct idxc_context_info {
     pub backend: i32,
     /// Ordinal of the device.
     pub device_id: i32,
-    /// Worker threads of the CPU backend.
+    /// Worker threads of the CPU backend; CUDA: 0.
     pub threads: i32,
     /// 0.
     pub reserved: i32,
-    /// Static string: the instruction set that the CPU backend uses.
+    /// Static string: the instruction set that the CPU backend uses, or the device's architecture, such as `sm_90`.
     pub isa: *const c_char,
 }
 
@@ -67,7 +67,11 @@ unsafe impl Descriptor for idxc_context_info {
     const NAME: &'static str = "idxc_context_info";
 }
 
-/// Opens a backend. `desc` NULL means `IDXC_CONTEXT_DESC_INIT`: the best backend, all cores.
+/// Opens a backend. `desc` NULL means `IDXC_CONTEXT_DESC_INIT`: CUDA device 0 if it can be used, else all cores.
+///
+/// CUDA: uses the calling thread's current context if that is on the device (and it must then outlive this one), else
+/// the device's primary context. All kernels are loaded here. Every later call leaves the calling thread's current
+/// context as it was.
 ///
 /// - Ownership: `*out` is the caller's, for `idxc_context_destroy`. Caches keep what they need of it alive themselves.
 /// - Threads: any; the handle may be used from many threads at once.
@@ -88,20 +92,27 @@ pub unsafe extern "C" fn idxc_context_create(
         // SAFETY: checked; the caller's to write.
         unsafe { out.write(std::ptr::null_mut()) };
         let (choice, threads) = if desc.is_null() {
-            (BackendChoice::Auto, 0)
+            (BackendChoice::Auto(0), 0)
         } else {
             // SAFETY: by this function's contract.
             read_desc(unsafe { descriptor(desc, "desc") }?)?
         };
         let context = Context::new(choice, threads, quiet_panics_on_this_thread)?;
-        let Backend::Cpu(cpu) = context.backend();
+        if let Some(why) = context.passed_over() {
+            log(IDXC_LOG_INFO, &format!("context: not cuda: {}", why.message));
+        }
         log(
             IDXC_LOG_INFO,
-            &format!(
-                "context: cpu, {} threads, {}",
-                cpu.threads(),
-                cpu.isa().name().to_string_lossy()
-            ),
+            &match context.backend() {
+                Backend::Cpu(cpu) => {
+                    let isa = cpu.isa().name().to_string_lossy();
+                    format!("context: cpu, {} threads, {isa}", cpu.threads())
+                }
+                Backend::Cuda(cuda) => {
+                    let isa = cuda.isa().to_string_lossy();
+                    format!("context: cuda:{}, {}, {isa}", cuda.ordinal(), cuda.name())
+                }
+            },
         );
         // SAFETY: checked above.
         unsafe { give(out, idxc_context(Arc::new(context))) };
@@ -111,7 +122,7 @@ pub unsafe extern "C" fn idxc_context_create(
 
 fn read_desc(d: idxc_context_desc) -> Result<(BackendChoice, usize)> {
     let choice = match d.backend {
-        IDXC_BACKEND_AUTO => BackendChoice::Auto,
+        IDXC_BACKEND_AUTO => BackendChoice::Auto(d.device_id),
         IDXC_BACKEND_CPU => BackendChoice::Cpu,
         IDXC_BACKEND_CUDA => BackendChoice::Cuda(d.device_id),
         other => {
@@ -162,15 +173,18 @@ pub unsafe extern "C" fn idxc_context_get_info(
     guard("idxc_context_get_info", || {
         // SAFETY: by this function's contract.
         let context = unsafe { handle(context, "context") }?;
-        let Backend::Cpu(cpu) = context.0.backend();
+        let (backend, device_id, threads, isa) = match context.0.backend() {
+            Backend::Cpu(cpu) => (IDXC_BACKEND_CPU, 0, cpu.threads(), cpu.isa().name()),
+            Backend::Cuda(cuda) => (IDXC_BACKEND_CUDA, cuda.ordinal(), 0, cuda.isa()),
+        };
         let value = idxc_context_info {
             struct_size: 0,
             flags: 0,
-            backend: IDXC_BACKEND_CPU,
-            device_id: 0,
-            threads: i32::try_from(cpu.threads()).unwrap_or(i32::MAX),
+            backend,
+            device_id,
+            threads: i32::try_from(threads).unwrap_or(i32::MAX),
             reserved: 0,
-            isa: cpu.isa().name().as_ptr(),
+            isa: isa.as_ptr(),
         };
         // SAFETY: by this function's contract.
         unsafe { give_struct(info, "info", value) }

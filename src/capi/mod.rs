@@ -3,7 +3,9 @@
 //! `include/indexcache/indexcache.h` is generated from these files by `tests/header.rs`; doc comments become its text.
 #![allow(non_camel_case_types)] // C names.
 
+use crate::context::Context;
 use crate::error::{Error, Result, Status};
+use crate::layout::Workspace;
 use std::ffi::{CStr, c_char, c_void};
 
 mod guard;
@@ -142,7 +144,7 @@ unsafe fn slice<'a, T>(ptr: *const T, len: usize, name: &'static str) -> Result<
     Ok(unsafe { std::slice::from_raw_parts(ptr, len) })
 }
 
-/// The caller's workspace or text buffer.
+/// The caller's text buffer.
 ///
 /// # Safety
 /// `ptr` is NULL or valid for writing `len` bytes during `'a`, used by nobody else.
@@ -155,6 +157,19 @@ unsafe fn bytes_mut<'a>(ptr: *mut c_void, len: usize, name: &'static str) -> Res
     }
     // SAFETY: by this function's contract and the checks above; the bytes are written before they are read.
     Ok(unsafe { std::slice::from_raw_parts_mut(ptr.cast(), len) })
+}
+
+/// The caller's scratch for one call, in memory of the context's device.
+///
+/// # Safety
+/// `ptr` is NULL or good for `len` bytes during `'a` (on a device, until the call's work is done), used by nobody else.
+unsafe fn workspace<'a>(context: &Context, ptr: *mut c_void, len: usize) -> Result<Workspace<'a>> {
+    if len > 0 && (ptr.is_null() || len > isize::MAX as usize) {
+        let want = format_args!("{len} bytes");
+        return Err(Error::invalid("workspace", want, format_args!("{ptr:p}")));
+    }
+    // SAFETY: by this function's contract and the check above.
+    Ok(unsafe { Workspace::from_raw_parts(context.device(), ptr.cast(), len) })
 }
 
 /// A C string that the caller passed.

@@ -5,8 +5,8 @@ use super::types::{
     Access, Descriptor, descriptor, idxc_attention_desc, idxc_indexer_desc, idxc_tensor,
     index_form, optional_tensor, tensor,
 };
-use super::{bytes_mut, guard, handle, idxc_status, out_pointer};
-use crate::context::Backend;
+use super::{guard, handle, idxc_status, out_pointer};
+use crate::context::Stream;
 use crate::error::{Error, Result};
 use crate::ops::{
     IndexForm, IndexKWriteArgs, IndexQQuantizeArgs, IndexerArgs, IndicesToSlotsArgs, KeyMapArgs,
@@ -223,7 +223,6 @@ pub unsafe extern "C" fn idxc_index_k_write(
     desc: *const idxc_index_k_write_desc,
     stream: *mut c_void,
 ) -> idxc_status {
-    let _ = stream;
     guard("idxc_index_k_write", || {
         // SAFETY: by this function's contract.
         let (context, op) = unsafe {
@@ -238,8 +237,7 @@ pub unsafe extern "C" fn idxc_index_k_write(
             };
             (context, args.check()?)
         };
-        let Backend::Cpu(cpu) = context.0.backend();
-        cpu.index_k_write(&op)
+        context.0.index_k_write(&op, Stream(stream))
     })
 }
 
@@ -260,7 +258,6 @@ pub unsafe extern "C" fn idxc_index_q_quantize(
     desc: *const idxc_index_q_quantize_desc,
     stream: *mut c_void,
 ) -> idxc_status {
-    let _ = stream;
     guard("idxc_index_q_quantize", || {
         // SAFETY: by this function's contract.
         let (context, op) = unsafe {
@@ -285,8 +282,7 @@ pub unsafe extern "C" fn idxc_index_q_quantize(
             };
             (context, args.check()?)
         };
-        let Backend::Cpu(cpu) = context.0.backend();
-        cpu.index_q_quantize(&op)
+        context.0.index_q_quantize(&op, Stream(stream))
     })
 }
 
@@ -309,10 +305,9 @@ pub unsafe extern "C" fn idxc_indexer_logits(
     logits: *const idxc_tensor,
     stream: *mut c_void,
 ) -> idxc_status {
-    let _ = stream;
     guard("idxc_indexer_logits", || {
         // SAFETY: by this function's contract.
-        unsafe { indexer_logits(context, desc, logits, false) }
+        unsafe { indexer_logits(context, desc, logits, false, Stream(stream)) }
     })
 }
 
@@ -335,10 +330,9 @@ pub unsafe extern "C" fn idxc_paged_indexer_logits(
     logits: *const idxc_tensor,
     stream: *mut c_void,
 ) -> idxc_status {
-    let _ = stream;
     guard("idxc_paged_indexer_logits", || {
         // SAFETY: by this function's contract.
-        unsafe { indexer_logits(context, desc, logits, true) }
+        unsafe { indexer_logits(context, desc, logits, true, Stream(stream)) }
     })
 }
 
@@ -349,6 +343,7 @@ unsafe fn indexer_logits(
     desc: *const idxc_indexer_desc,
     logits: *const idxc_tensor,
     paged: bool,
+    stream: Stream,
 ) -> Result<()> {
     // SAFETY: by this function's contract.
     let (context, args, logits) = unsafe {
@@ -366,8 +361,7 @@ unsafe fn indexer_logits(
         _ => {}
     }
     let op = args.check_logits(logits)?;
-    let Backend::Cpu(cpu) = context.0.backend();
-    cpu.indexer_logits(&op)
+    context.0.indexer_logits(&op, stream)
 }
 
 /// Bytes of workspace that `idxc_topk` needs for these shapes, or for smaller ones. Data pointers may be NULL.
@@ -390,9 +384,9 @@ pub unsafe extern "C" fn idxc_topk_workspace(
         out_pointer(size, "size")?;
         // SAFETY: by this function's contract; `size` was checked.
         unsafe {
-            handle(context, "context")?;
-            topk_args(desc, Access::ShapeOnly)?.check()?;
-            size.write(0); // The CPU backend selects in place.
+            let context = handle(context, "context")?;
+            let op = topk_args(desc, Access::ShapeOnly)?.check()?;
+            size.write(context.0.topk_workspace(&op));
         }
         Ok(())
     })
@@ -433,13 +427,12 @@ pub unsafe extern "C" fn idxc_topk(
     workspace_size: usize,
     stream: *mut c_void,
 ) -> idxc_status {
-    let _ = (workspace, workspace_size, stream);
+    let _ = (workspace, workspace_size); // No backend needs any so far.
     guard("idxc_topk", || {
         // SAFETY: by this function's contract.
         let (context, op) =
             unsafe { (handle(context, "context")?, topk_args(desc, Access::Elements)?.check()?) };
-        let Backend::Cpu(cpu) = context.0.backend();
-        cpu.topk(&op)
+        context.0.topk(&op, Stream(stream))
     })
 }
 
@@ -459,7 +452,6 @@ pub unsafe extern "C" fn idxc_indices_to_slots(
     desc: *const idxc_indices_to_slots_desc,
     stream: *mut c_void,
 ) -> idxc_status {
-    let _ = stream;
     guard("idxc_indices_to_slots", || {
         // SAFETY: by this function's contract.
         let (context, op) = unsafe {
@@ -480,8 +472,7 @@ pub unsafe extern "C" fn idxc_indices_to_slots(
             };
             (context, args.check()?)
         };
-        let Backend::Cpu(cpu) = context.0.backend();
-        cpu.indices_to_slots(&op)
+        context.0.indices_to_slots(&op, Stream(stream))
     })
 }
 
@@ -502,7 +493,6 @@ pub unsafe extern "C" fn idxc_kv_write(
     desc: *const idxc_kv_write_desc,
     stream: *mut c_void,
 ) -> idxc_status {
-    let _ = stream;
     guard("idxc_kv_write", || {
         // SAFETY: by this function's contract.
         let (context, op) = unsafe {
@@ -515,8 +505,7 @@ pub unsafe extern "C" fn idxc_kv_write(
             };
             (context, args.check()?)
         };
-        let Backend::Cpu(cpu) = context.0.backend();
-        cpu.kv_write(&op)
+        context.0.kv_write(&op, Stream(stream))
     })
 }
 
@@ -547,8 +536,7 @@ pub unsafe extern "C" fn idxc_sparse_attention_workspace(
             let form = index_form(form, "form")?;
             let indices = tensor(indices, "indices", Access::ShapeOnly)?;
             let op = attention_args(desc, |_| Ok((indices, form)), Access::ShapeOnly)?.check()?;
-            let Backend::Cpu(cpu) = context.0.backend();
-            size.write(op.workspace(cpu.threads()));
+            size.write(context.0.sparse_attention_workspace(&op));
         }
         Ok(())
     })
@@ -576,7 +564,6 @@ pub unsafe extern "C" fn idxc_sparse_attention(
     workspace_size: usize,
     stream: *mut c_void,
 ) -> idxc_status {
-    let _ = stream;
     guard("idxc_sparse_attention", || {
         // SAFETY: by this function's contract.
         let (context, op, workspace) = unsafe {
@@ -584,10 +571,9 @@ pub unsafe extern "C" fn idxc_sparse_attention(
             let form = index_form(form, "form")?;
             let indices = tensor(indices, "indices", Access::Elements)?;
             let op = attention_args(desc, |_| Ok((indices, form)), Access::Elements)?.check()?;
-            (context, op, bytes_mut(workspace, workspace_size, "workspace")?)
+            (context, op, super::workspace(&context.0, workspace, workspace_size)?)
         };
-        let Backend::Cpu(cpu) = context.0.backend();
-        cpu.sparse_attention(&op, workspace)
+        context.0.sparse_attention(&op, workspace, Stream(stream))
     })
 }
 
@@ -612,7 +598,6 @@ pub unsafe extern "C" fn idxc_indices_overlap(
     overlap: *const idxc_tensor,
     stream: *mut c_void,
 ) -> idxc_status {
-    let _ = stream;
     guard("idxc_indices_overlap", || {
         // SAFETY: by this function's contract.
         let (context, op) = unsafe {
@@ -622,7 +607,6 @@ pub unsafe extern "C" fn idxc_indices_overlap(
             let out = tensor(overlap, "overlap", Access::Elements)?;
             (context, Overlap::check(a, b, out)?)
         };
-        let Backend::Cpu(cpu) = context.0.backend();
-        cpu.overlap(&op)
+        context.0.overlap(&op, Stream(stream))
     })
 }

@@ -162,3 +162,21 @@ pub(super) fn bounds(op: &TopK<'_>) -> Result<()> {
     }
     Ok(())
 }
+
+/// A row map ascends strictly below `rows`, then is -1.
+pub(super) fn row_map(map: &[i32], rows: usize) -> Result<()> {
+    let live = map.iter().position(|&v| v == -1).unwrap_or(map.len());
+    let mut least = 0;
+    for (i, &v) in map.iter().enumerate() {
+        let ok = if i < live { v >= least && (v as usize) < rows } else { v == -1 };
+        if !ok {
+            return Err(Error::invalid(
+                "from",
+                format_args!("rows below {rows}, strictly ascending, then -1"),
+                format_args!("{v} at position {i}"),
+            ));
+        }
+        least = v.saturating_add(1);
+    }
+    Ok(())
+}

@@ -13,6 +13,7 @@ mod simd;
 
 use crate::error::{Error, Result, Status};
 use crate::ops::*;
+use crate::tensor::{View, ViewMut};
 use std::ffi::CStr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -201,6 +202,36 @@ impl Cpu {
         check::device(op.device)?;
         check::translation(op)?;
         quant::indices_to_slots(self, op);
+        Ok(())
+    }
+
+    /// Copies index rows; the two have one shape and share no memory.
+    pub fn copy_rows(&self, from: &View<'_, i32, 2>, to: &ViewMut<'_, i32, 2>) -> Result<()> {
+        for r in 0..from.shape()[0] {
+            // SAFETY: each row once, and the memory is apart from `from`'s.
+            unsafe { to.row(&[r]) }.copy_from_slice(from.row(&[r]));
+        }
+        Ok(())
+    }
+
+    /// Moves index rows in place: row `i` takes row `from[i]` of the first `old_rows`, or -1.
+    pub fn carry_rows(
+        &self,
+        data: &ViewMut<'_, i32, 2>,
+        from: &View<'_, i32, 1>,
+        old_rows: usize,
+    ) -> Result<()> {
+        check::row_map(from.row(&[]), old_rows)?;
+        for (i, &old) in from.row(&[]).iter().enumerate() {
+            // SAFETY: one at a time; an ascending map reads each old row before anything overwrites it, and where
+            // the two are one row there is nothing to move.
+            match usize::try_from(old) {
+                Ok(old) if old == i => {}
+                Ok(old) => unsafe { data.row(&[i]).copy_from_slice(data.row(&[old])) },
+                // SAFETY: the only reference.
+                Err(_) => unsafe { data.row(&[i]) }.fill(-1),
+            }
+        }
         Ok(())
     }
 

@@ -1,0 +1,214 @@
+// What the host passes to the kernels: one plain struct a kernel, by value. src/backend/cuda/params.rs mirrors it; a
+// test compares names and order, and both sides assert the sizes. Strides are in elements, `_bytes` in bytes.
+#pragma once
+#include <stdint.h>
+
+// Element type of a float tensor.
+enum { F32 = 0, BF16 = 1 };
+// KV storage.
+enum { KV_F32 = 0, KV_BF16 = 1, KV_FP8 = 2 };
+
+// Where the keys of a row are. `block_table` is null for a contiguous store.
+struct KeyMap {
+    const int32_t* block_table;
+    const int32_t* row_request;
+    const int32_t* row_start;
+    const int32_t* row_end;
+    int64_t table_stride;
+    int64_t rows_per_request;
+    int64_t requests;
+    int64_t max_pages;
+    int64_t pages;
+    int64_t page;
+    int64_t keys;
+};
+static_assert(sizeof(KeyMap) == 88, "params.rs");
+
+// Scoring: q [rows, heads, dim], weights [rows, heads]. A key is at `keys + page * page_bytes + at * row_bytes`, its
+// scale at `scales + page * scale_page_bytes + 4 * at`; no scales means 1. Contiguous keys are all of page 0.
+struct Indexer {
+    const void* q;
+    const float* weights;
+    const void* keys;
+    const void* scales;
+    KeyMap map;
+    int64_t q_row;
+    int64_t q_head;
+    int64_t weights_row;
+    int64_t page_bytes;
+    int64_t row_bytes;
+    int64_t scale_page_bytes;
+    int64_t rows;
+    int32_t heads;
+    int32_t dim;
+    int32_t fp8;
+    int32_t reserved;
+};
+static_assert(sizeof(Indexer) == 192, "params.rs");
+
+struct Logits {
+    Indexer ix;
+    void* out;
+    int64_t out_row;
+    int64_t columns;
+    int64_t out_type;
+};
+static_assert(sizeof(Logits) == 224, "params.rs");
+
+struct TopK {
+    const void* logits;
+    const int32_t* row_start;
+    const int32_t* row_end;
+    int32_t* out;
+    int64_t logits_row;
+    int64_t out_row;
+    int64_t columns;
+    int32_t k;
+    int32_t type;
+};
+static_assert(sizeof(TopK) == 64, "params.rs");
+
+// Fused select. Task `row * ranges + range` keeps its survivors in list `task` (or `blockIdx.x`, with one range) of
+// `capacity` entries.
+struct Select {
+    Indexer ix;
+    int32_t* out;
+    uint32_t* ranks;
+    int32_t* positions;
+    int32_t* counts;
+    int64_t out_row;
+    int64_t ranges;
+    int32_t k;
+    int32_t capacity;
+};
+static_assert(sizeof(Select) == 248, "params.rs");
+
+struct IndexKWrite {
+    const void* k;
+    const void* slots;
+    uint8_t* pages;
+    int64_t k_row;
+    int64_t page_bytes;
+    int64_t slot_limit;
+    int64_t tokens;
+    int32_t k_type;
+    int32_t wide_slots;
+    int32_t dim;
+    int32_t hadamard;
+    int32_t pow2_scale;
+    float norm;
+};
+static_assert(sizeof(IndexKWrite) == 80, "params.rs");
+
+struct IndexQQuantize {
+    const void* q;
+    const float* weights;
+    uint8_t* q_out;
+    float* weights_out;
+    int64_t q_row;
+    int64_t q_head;
+    int64_t weights_row;
+    int64_t q_out_row;
+    int64_t q_out_head;
+    int64_t weights_out_row;
+    int64_t vectors;
+    int32_t heads;
+    int32_t dim;
+    int32_t q_type;
+    int32_t hadamard;
+    int32_t pow2_scale;
+    float norm;
+    float scale;
+    int32_t reserved;
+};
+static_assert(sizeof(IndexQQuantize) == 120, "params.rs");
+
+struct KvWrite {
+    const void* kv;
+    const void* slots;
+    uint8_t* pages;
+    int64_t kv_row;
+    int64_t page_bytes;
+    int64_t row_bytes;
+    int64_t page;
+    int64_t slot_limit;
+    int64_t tokens;
+    int32_t kv_type;
+    int32_t wide_slots;
+    int32_t format;
+    int32_t d_qk;
+};
+static_assert(sizeof(KvWrite) == 88, "params.rs");
+
+struct IndicesToSlots {
+    const int32_t* indices;
+    int32_t* slots;
+    KeyMap map;
+    int64_t indices_row;
+    int64_t slots_row;
+    int64_t k;
+};
+static_assert(sizeof(IndicesToSlots) == 128, "params.rs");
+
+struct CopyRows {
+    const int32_t* from;
+    int32_t* to;
+    int64_t from_row;
+    int64_t to_row;
+    int64_t k;
+};
+static_assert(sizeof(CopyRows) == 40, "params.rs");
+
+struct CarryRows {
+    int32_t* data;
+    const int32_t* from;
+    int64_t row;
+    int64_t rows;
+    int64_t old_rows;
+    int64_t k;
+};
+static_assert(sizeof(CarryRows) == 48, "params.rs");
+
+struct Overlap {
+    const int32_t* own;
+    const int32_t* reused;
+    float* out;
+    int64_t own_row;
+    int64_t reused_row;
+    int64_t own_k;
+    int64_t reused_k;
+};
+static_assert(sizeof(Overlap) == 56, "params.rs");
+
+// Sparse attention. With `mapped` the indices are logical and go through `map`, else they are slots below
+// `map.keys`. A KV row is at `kv + page * page_bytes + at * row_bytes`.
+struct Attention {
+    const void* q;
+    const uint8_t* kv;
+    const int32_t* indices;
+    const int32_t* row_topk;
+    const float* sink;
+    void* out;
+    float* lse;
+    KeyMap map;
+    int64_t q_row;
+    int64_t q_head;
+    int64_t indices_row;
+    int64_t out_row;
+    int64_t out_head;
+    int64_t lse_row;
+    int64_t page_bytes;
+    int64_t row_bytes;
+    int64_t page;
+    float softmax_scale;
+    int32_t heads;
+    int32_t d_qk;
+    int32_t d_v;
+    int32_t topk;
+    int32_t mapped;
+    int32_t q_type;
+    int32_t kv_format;
+    int32_t out_type;
+    int32_t reserved;
+};
+static_assert(sizeof(Attention) == 256, "params.rs");
