@@ -4,7 +4,7 @@
 //! Errors become `rust::Error`, whose text starts with the name of the C status. Tensors are in host memory.
 
 use indexcache::cache::CacheShape;
-use indexcache::context::{Backend, BackendChoice};
+use indexcache::context::{BackendChoice, Stream};
 use indexcache::error::Error;
 use indexcache::ops::{IndexForm, IndexerArgs, KeyMapArgs, SparseAttentionArgs};
 use indexcache::plan::{Indexers, Model, Pattern, Spelling};
@@ -312,7 +312,8 @@ impl Cache {
         let args = || unsafe { indexer.args() };
         let full = self.cache.plan().role(layer)? == indexcache::plan::Role::Full;
         let size = if full { self.cache.select_workspace(args()?)? } else { 0 };
-        Ok(self.cache.select(lane, layer, args, scratch(&mut self.scratch, size))?)
+        let workspace = scratch(&mut self.scratch, size).into();
+        Ok(self.cache.select(lane, layer, args, workspace, Stream::DEFAULT)?)
     }
 
     /// # Safety
@@ -332,7 +333,7 @@ impl Cache {
         };
         // SAFETY: by this function's contract.
         let indices = unsafe { indices.need("indices") }?;
-        Ok(self.cache.publish(lane, layer, Some(indices), form, table_id)?)
+        Ok(self.cache.publish(lane, layer, Some(indices), form, table_id, Stream::DEFAULT)?)
     }
 
     fn indices(&self, lane: usize, layer: u32) -> Result<&[i32]> {
@@ -367,8 +368,8 @@ impl Cache {
             }
         };
         let op = args.check()?;
-        let Backend::Cpu(cpu) = self.cache.context().backend();
-        let workspace = scratch(&mut self.scratch, op.workspace(cpu.threads()));
-        Ok(cpu.sparse_attention(&op, workspace)?)
+        let context = self.cache.context();
+        let workspace = scratch(&mut self.scratch, context.sparse_attention_workspace(&op)).into();
+        Ok(context.sparse_attention(&op, workspace, Stream::DEFAULT)?)
     }
 }

@@ -1,0 +1,953 @@
+//! The CUDA backend against the CPU backend: the same bits where both promise them, the same numbers elsewhere.
+//!
+//! Without a GPU each test says so and passes. INDEXCACHE_GPU_SMALL=1 leaves out what takes long under a sanitizer.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use cudarc::driver::{result, sys};
+use half::bf16;
+use indexcache::cache::{Cache, CacheShape};
+use indexcache::context::{BackendChoice, Context, Stream};
+use indexcache::fp8;
+use indexcache::layout::Workspace;
+use indexcache::ops::*;
+use indexcache::plan::{Indexers, Model, Pattern, Plan, Spelling};
+use indexcache::tensor::{Device, Element, F8E4M3, Tensor, dense_strides};
+use std::cell::RefCell;
+use std::io::Write;
+use std::sync::Arc;
+
+struct Rng(u64);
+
+impl Rng {
+    fn bits(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+    fn below(&mut self, n: usize) -> usize {
+        (self.bits() >> 11) as usize % n
+    }
+    fn normal(&mut self) -> f32 {
+        let sum: f32 = (0..6).map(|_| (self.bits() >> 40) as f32 / (1u64 << 24) as f32).sum();
+        (sum - 3.0) * 1.414
+    }
+    fn normals(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.normal()).collect()
+    }
+    fn halves(&mut self, n: usize) -> Vec<bf16> {
+        (0..n).map(|_| bf16::from_f32(self.normal())).collect()
+    }
+    fn shuffled(&mut self, n: usize) -> Vec<i32> {
+        let mut v: Vec<i32> = (0..n as i32).collect();
+        for i in (1..n).rev() {
+            v.swap(i, self.below(i + 1));
+        }
+        v
+    }
+}
+
+fn small() -> bool {
+    std::env::var_os("INDEXCACHE_GPU_SMALL").is_some()
+}
+
+/// Both backends, and device memory that lives as long as this.
+struct Gpu {
+    cpu: Context,
+    gpu: Arc<Context>,
+    memory: RefCell<Vec<u64>>,
+}
+
+impl Gpu {
+    fn open(test: &str) -> Option<Self> {
+        let gpu = match Context::new(BackendChoice::Cuda(0), 0, || ()) {
+            Ok(c) => Arc::new(c),
+            Err(e) => {
+                // Past the test harness, which would swallow it.
+                let _ = writeln!(std::io::stderr(), "{test}: SKIPPED, no GPU run: {}", e.message);
+                return None;
+            }
+        };
+        // SAFETY: the device is there; the primary context stays retained until the process ends.
+        unsafe {
+            let device = result::device::get(0).unwrap();
+            let context = result::primary_ctx::retain(device).unwrap();
+            result::ctx::set_current(context).unwrap();
+        }
+        let cpu = Context::new(BackendChoice::Cpu, 0, || ()).unwrap();
+        Some(Gpu { cpu, gpu, memory: RefCell::default() })
+    }
+
+    fn bytes(&self, n: usize) -> u64 {
+        // SAFETY: a context is current; freed in `drop`.
+        let p = unsafe { result::malloc_sync(n.max(1)) }.unwrap();
+        self.memory.borrow_mut().push(p);
+        p
+    }
+
+    fn extent(t: &Tensor<'_>) -> usize {
+        if t.shape().contains(&0) {
+            return 0;
+        }
+        let last: usize = t.shape().iter().zip(t.strides()).map(|(&n, &s)| (n - 1) * s).sum();
+        (last + 1) * t.dtype().size()
+    }
+
+    /// A copy on the device with the same extents.
+    fn up(&self, t: &Tensor<'_>) -> Tensor<'static> {
+        let n = Self::extent(t);
+        let p = self.bytes(n);
+        // SAFETY: the tensor's own bytes, to memory of that size, which lives as long as `self`.
+        unsafe {
+            if n > 0 {
+                result::memcpy_htod_sync(p, std::slice::from_raw_parts(t.as_ptr(), n)).unwrap();
+            }
+            let p = std::ptr::without_provenance_mut(p as usize);
+            Tensor::from_raw_parts(t.name(), p, Device::Cuda(0), t.dtype(), t.shape(), t.strides())
+                .unwrap()
+        }
+    }
+
+    fn up_maybe(&self, t: &Option<Tensor<'_>>) -> Option<Tensor<'static>> {
+        t.as_ref().map(|t| self.up(t))
+    }
+
+    fn up_map(&self, m: &KeyMapArgs<'_>) -> KeyMapArgs<'static> {
+        KeyMapArgs {
+            block_table: self.up_maybe(&m.block_table),
+            row_request: self.up_maybe(&m.row_request),
+            row_start: self.up_maybe(&m.row_start),
+            row_end: self.up_maybe(&m.row_end),
+        }
+    }
+
+    fn up_indexer(&self, a: &IndexerArgs<'_>) -> IndexerArgs<'static> {
+        IndexerArgs {
+            q: self.up(&a.q),
+            weights: self.up(&a.weights),
+            k: self.up(&a.k),
+            k_scale: self.up_maybe(&a.k_scale),
+            map: self.up_map(&a.map),
+        }
+    }
+
+    fn sync(&self) {
+        result::ctx::synchronize().unwrap();
+    }
+
+    /// The bytes of a device tensor, when all work is done.
+    fn down(&self, t: &Tensor<'_>) -> Vec<u8> {
+        self.sync();
+        let mut out = vec![0u8; Self::extent(t)];
+        if !out.is_empty() {
+            // SAFETY: that many bytes are there.
+            unsafe { result::memcpy_dtoh_sync(&mut out, t.as_ptr().addr() as u64) }.unwrap();
+        }
+        out
+    }
+
+    /// Replaces a device tensor's elements.
+    fn set<T: Element>(&self, t: &Tensor<'_>, data: &[T]) {
+        self.sync();
+        // SAFETY: dense tensors of that many elements.
+        unsafe { result::memcpy_htod_sync(t.as_ptr().addr() as u64, data) }.unwrap();
+    }
+
+    fn workspace(&self, n: usize) -> Workspace<'static> {
+        let p = std::ptr::without_provenance_mut(self.bytes(n) as usize);
+        // SAFETY: memory of that size, which lives as long as `self`.
+        unsafe { Workspace::from_raw_parts(Device::Cuda(0), p, n) }
+    }
+
+    fn select(&self, a: IndexerArgs<'_>, out: Tensor<'_>, stream: Stream) {
+        let op = a.check_select(out).unwrap();
+        let ws = self.workspace(self.gpu.select_workspace(&op));
+        self.gpu.select(&op, ws, stream).unwrap();
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        for p in self.memory.take() {
+            // SAFETY: allocated by `bytes`.
+            unsafe { result::free_sync(p) }.unwrap();
+        }
+    }
+}
+
+fn t<'a, T: Element>(name: &'static str, data: &'a [T], shape: &[usize]) -> Tensor<'a> {
+    Tensor::from_slice(name, data, shape).unwrap()
+}
+
+fn m<'a, T: Element>(name: &'static str, data: &'a mut [T], shape: &[usize]) -> Tensor<'a> {
+    Tensor::from_slice_mut(name, data, shape).unwrap()
+}
+
+/// A tensor with `pad` unused elements after each step of the first dimension.
+fn padded<'a, T: Element>(
+    name: &'static str,
+    data: &'a [T],
+    shape: &[usize],
+    pad: usize,
+) -> Tensor<'a> {
+    let mut strides = dense_strides(shape);
+    strides[0] += pad;
+    assert!(shape[0] * strides[0] <= data.len());
+    // SAFETY: within `data`, by the assert.
+    unsafe {
+        let ptr = data.as_ptr() as *mut u8;
+        Tensor::from_raw_parts(name, ptr, Device::Cpu, T::DTYPE, shape, &strides[..shape.len()])
+            .unwrap()
+    }
+}
+
+fn raw<T: Copy>(x: &[T]) -> &[u8] {
+    // SAFETY: plain numbers without padding.
+    unsafe { std::slice::from_raw_parts(x.as_ptr().cast(), size_of_val(x)) }
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Kind {
+    F8,
+    Bf16,
+    PagedF8,
+    PagedBf16,
+}
+const KINDS: [Kind; 4] = [Kind::F8, Kind::Bf16, Kind::PagedF8, Kind::PagedBf16];
+const PAD: usize = 32;
+const REQUESTS: usize = 3;
+
+/// An indexer call: rows of three requests, some padding, pages in any order, padded strides.
+struct Index {
+    kind: Kind,
+    rows: usize,
+    heads: usize,
+    dim: usize,
+    pages: usize,
+    q8: Vec<F8E4M3>,
+    q16: Vec<bf16>,
+    w: Vec<f32>,
+    k8: Vec<F8E4M3>,
+    k16: Vec<bf16>,
+    scale: Vec<f32>,
+    planar: Vec<u8>,
+    table: Vec<i32>,
+    row_request: Vec<i32>,
+    row_start: Vec<i32>,
+    row_end: Vec<i32>,
+}
+
+impl Index {
+    /// `levels`: so many values in q and k (few tie in bulk); 0 for a normal distribution.
+    fn new(
+        rng: &mut Rng,
+        kind: Kind,
+        lens: &[usize],
+        heads: usize,
+        dim: usize,
+        levels: usize,
+    ) -> Self {
+        let rows = lens.len();
+        let paged = matches!(kind, Kind::PagedF8 | Kind::PagedBf16);
+        let f8 = matches!(kind, Kind::F8 | Kind::PagedF8);
+        let per = lens.iter().max().unwrap().div_ceil(PAGE).max(1);
+        let (mut row_request, mut row_start, mut row_end) = (vec![], vec![], vec![]);
+        for (r, &len) in lens.iter().enumerate() {
+            let request = r % REQUESTS;
+            row_request.push(if len == 0 && r % 2 == 1 { -1 } else { request as i32 });
+            row_start.push(if paged { 0 } else { 7 * request as i32 });
+            row_end.push(row_start[r] + len as i32);
+        }
+        let pages = REQUESTS * per + 2;
+        let keys = per * PAGE + 7 * REQUESTS;
+        // A table of values drawn once: long rows would spend their time in the generator.
+        let pool: Vec<f32> = (0..4096)
+            .map(|_| match levels {
+                0 => rng.normal(),
+                n => rng.below(n) as f32 - (n / 2) as f32,
+            })
+            .collect();
+        let value = |rng: &mut Rng| pool[rng.below(4096)];
+        let scale = |rng: &mut Rng| if levels > 0 { 0.5 } else { rng.normal().abs() + 0.1 };
+        let n = |yes: bool, n: usize| if yes { n } else { 0 };
+        let mut planar = vec![0u8; n(kind == Kind::PagedF8, pages * (PAGE * (dim + 4) + PAD))];
+        for page in planar.chunks_mut(PAGE * (dim + 4) + PAD) {
+            let (values, rest) = page.split_at_mut(PAGE * dim);
+            values.iter_mut().for_each(|b| *b = fp8::encode(value(rng)));
+            for s in rest[..4 * PAGE].chunks_mut(4) {
+                s.copy_from_slice(&scale(rng).to_le_bytes());
+            }
+        }
+        let rows16 = if paged { pages * (PAGE * dim + PAD) } else { keys * (dim + PAD) };
+        let mut code = |n: usize| (0..n).map(|_| F8E4M3(fp8::encode(value(rng)))).collect();
+        let (q8, k8) = (
+            code(n(f8, rows * (heads * dim + PAD))),
+            code(n(kind == Kind::F8, keys * (dim + PAD))),
+        );
+        let mut half = |n: usize| (0..n).map(|_| bf16::from_f32(value(rng))).collect();
+        let (q16, k16) = (half(n(!f8, rows * (heads * dim + PAD))), half(n(!f8, rows16)));
+        Index {
+            kind,
+            rows,
+            heads,
+            dim,
+            pages,
+            q8,
+            q16,
+            w: (0..rows * heads).map(|_| if levels > 0 { 0.25 } else { rng.normal() }).collect(),
+            k8,
+            k16,
+            scale: (0..keys).map(|_| scale(rng)).collect(),
+            planar,
+            table: rng.shuffled(pages)[..REQUESTS * per].to_vec(),
+            row_request,
+            row_start,
+            row_end,
+        }
+    }
+
+    fn args(&self) -> IndexerArgs<'_> {
+        let (rows, heads, dim, keys) = (self.rows, self.heads, self.dim, self.scale.len());
+        let paged = matches!(self.kind, Kind::PagedF8 | Kind::PagedBf16);
+        let per = self.table.len() / REQUESTS;
+        IndexerArgs {
+            q: match self.kind {
+                Kind::F8 | Kind::PagedF8 => padded("q", &self.q8, &[rows, heads, dim], PAD),
+                _ => padded("q", &self.q16, &[rows, heads, dim], PAD),
+            },
+            weights: t("weights", &self.w, &[rows, heads]),
+            k: match self.kind {
+                Kind::F8 => padded("k", &self.k8, &[keys, dim], PAD),
+                Kind::Bf16 => padded("k", &self.k16, &[keys, dim], PAD),
+                Kind::PagedF8 => padded("k", &self.planar, &[self.pages, PAGE, 1, dim + 4], PAD),
+                Kind::PagedBf16 => padded("k", &self.k16, &[self.pages, PAGE, dim], PAD),
+            },
+            k_scale: (self.kind == Kind::F8).then(|| t("k_scale", &self.scale, &[keys])),
+            map: KeyMapArgs {
+                block_table: paged.then(|| t("block_table", &self.table, &[REQUESTS, per])),
+                row_request: paged.then(|| t("row_request", &self.row_request, &[rows])),
+                row_start: (!paged).then(|| t("row_start", &self.row_start, &[rows])),
+                row_end: Some(t("row_end", &self.row_end, &[rows])),
+            },
+        }
+    }
+
+    fn select_on_cpu(&self, g: &Gpu, k: usize) -> Vec<i32> {
+        let mut out = vec![-7; self.rows * k];
+        let op = self.args().check_select(m("indices", &mut out, &[self.rows, k])).unwrap();
+        let mut ws = vec![0u8; g.cpu.select_workspace(&op)];
+        g.cpu.select(&op, Workspace::from(&mut ws[..]), Stream::DEFAULT).unwrap();
+        out
+    }
+}
+
+#[test]
+fn writes_have_the_same_bits() {
+    let Some(g) = Gpu::open("writes") else { return };
+    let mut rng = Rng(11);
+    let (tokens, pages) = (77, 3);
+    // Some slots twice, some tokens skipped.
+    let wide: Vec<i64> =
+        (0..tokens).map(|i| if i % 9 == 4 { -1 } else { rng.below(pages * PAGE) as i64 }).collect();
+    let narrow: Vec<i32> = wide.iter().map(|&s| s as i32).collect();
+    let slots = [t("slots", &wide, &[tokens]), t("slots", &narrow, &[tokens])];
+    for (i, dim) in [16, 48, 64, 128, 256].into_iter().enumerate() {
+        for flags in 0..4 {
+            let (hadamard, pow2_scale) = (flags & 1 == 1 && dim != 48, flags & 2 == 2);
+            let mut k = rng.normals(tokens * dim);
+            k[..dim].fill(0.0);
+            k[dim] = f32::INFINITY;
+            if hadamard {
+                k[dim] = 1e30; // Infinity minus infinity is a NaN whose sign is the machine's.
+            }
+            let k16: Vec<bf16> = k.iter().map(|&x| bf16::from_f32(x)).collect();
+            let mut out = vec![0x5au8; pages * PAGE * (dim + 4)];
+            let start = m("pages", &mut out, &[pages, PAGE, dim + 4]);
+            let on_gpu = g.up(&start);
+            for k in [t("k", &k, &[tokens, dim]), t("k", &k16, &[tokens, dim])] {
+                let slots = slots[i % 2];
+                let args = IndexKWriteArgs { k, slots, pages: start, hadamard, pow2_scale };
+                g.cpu.index_k_write(&args.check().unwrap(), Stream::DEFAULT).unwrap();
+                let args =
+                    IndexKWriteArgs { k: g.up(&k), slots: g.up(&slots), pages: on_gpu, ..args };
+                g.gpu.index_k_write(&args.check().unwrap(), Stream::DEFAULT).unwrap();
+                let got = g.down(&on_gpu);
+                // SAFETY: `start` describes `out`, which nobody else uses.
+                let want = unsafe { std::slice::from_raw_parts(start.as_ptr(), got.len()) };
+                assert!(got == want, "index k, dim {dim}, hadamard {hadamard}, pow2 {pow2_scale}");
+            }
+            let (rows, heads) = (5, 7);
+            let (q, w) = (rng.halves(rows * (heads * dim + PAD)), rng.normals(rows * heads));
+            let (mut codes, mut weights) = (vec![F8E4M3(1); rows * heads * dim], w.clone());
+            let args = IndexQQuantizeArgs {
+                q: padded("q", &q, &[rows, heads, dim], PAD),
+                weights: t("weights", &w, &[rows, heads]),
+                scale: 0.37,
+                hadamard,
+                pow2_scale,
+                q_out: m("q_out", &mut codes, &[rows, heads, dim]),
+                weights_out: m("weights_out", &mut weights, &[rows, heads]),
+            };
+            g.cpu.index_q_quantize(&args.check().unwrap(), Stream::DEFAULT).unwrap();
+            let dev = IndexQQuantizeArgs {
+                q: g.up(&args.q),
+                weights: g.up(&args.weights),
+                q_out: g.up(&args.q_out),
+                weights_out: g.up(&args.weights_out),
+                ..args
+            };
+            g.gpu.index_q_quantize(&dev.check().unwrap(), Stream::DEFAULT).unwrap();
+            assert!(g.down(&dev.q_out) == raw(&codes), "q codes, dim {dim}, {hadamard}");
+            assert!(g.down(&dev.weights_out) == raw(&weights), "weights, dim {dim}, {hadamard}");
+        }
+    }
+    let (pages, page) = (5, 64);
+    for width in [576, 37] {
+        let kv = rng.normals(tokens * width);
+        let kv16 = rng.halves(tokens * width);
+        for kv in [t("kv", &kv, &[tokens, width]), t("kv", &kv16, &[tokens, width])] {
+            let mut f = vec![0f32; pages * page * width];
+            let mut h = vec![bf16::ONE; pages * page * width];
+            let mut b = vec![9u8; pages * page * 656];
+            let mut outs = vec![
+                m("pages", &mut f, &[pages, page, width]),
+                m("pages", &mut h, &[pages, page, 1, width]),
+            ];
+            if width == 576 {
+                outs.push(m("pages", &mut b, &[pages, page, 656]));
+            }
+            for out in outs {
+                let dev = g.up(&out);
+                let args = KvWriteArgs { kv, slots: slots[0], pages: out };
+                g.cpu.kv_write(&args.check().unwrap(), Stream::DEFAULT).unwrap();
+                let args = KvWriteArgs { kv: g.up(&kv), slots: g.up(&slots[0]), pages: dev };
+                g.gpu.kv_write(&args.check().unwrap(), Stream::DEFAULT).unwrap();
+                let got = g.down(&dev);
+                // SAFETY: `out` describes a vector that nobody else uses.
+                let want = unsafe { std::slice::from_raw_parts(out.as_ptr(), got.len()) };
+                assert!(got == want, "kv {} of {width} from {}", out.dtype(), kv.dtype());
+            }
+        }
+    }
+}
+
+#[test]
+fn logits_have_the_same_bits() {
+    let Some(g) = Gpu::open("logits") else { return };
+    let mut rng = Rng(1);
+    let lens = [0, 1, 63, 64, 65, 0, 200, 333, 130, 5, 320];
+    let columns = 340;
+    for kind in KINDS {
+        for (heads, dim) in
+            [(1, 128), (8, 128), (32, 128), (64, 128), (3, 16), (5, 48), (128, 16), (2, 256)]
+        {
+            if small() && heads * dim > 1024 {
+                continue;
+            }
+            let ix = Index::new(&mut rng, kind, &lens, heads, dim, 0);
+            let args = g.up_indexer(&ix.args());
+            let mut full = vec![7f32; lens.len() * columns];
+            let mut half = vec![bf16::ONE; lens.len() * columns];
+            for out in [
+                m("logits", &mut full, &[lens.len(), columns]),
+                m("logits", &mut half, &[lens.len(), columns]),
+            ] {
+                let dev = g.up(&out);
+                g.cpu
+                    .indexer_logits(&ix.args().check_logits(out).unwrap(), Stream::DEFAULT)
+                    .unwrap();
+                g.gpu.indexer_logits(&args.check_logits(dev).unwrap(), Stream::DEFAULT).unwrap();
+                let got = g.down(&dev);
+                // SAFETY: `out` describes a vector that nobody else uses.
+                let want = unsafe { std::slice::from_raw_parts(out.as_ptr(), got.len()) };
+                assert!(got == want, "{kind:?} {heads}x{dim} {}", out.dtype());
+            }
+        }
+    }
+}
+
+/// Inputs on which public kernels return wrong or moving sets, and random ones.
+fn scores(rng: &mut Rng, n: usize) -> Vec<(&'static str, Vec<f32>)> {
+    let base = rng.normals(n);
+    let map = |f: &dyn Fn(f32) -> f32| base.iter().map(|&x| f(x)).collect::<Vec<f32>>();
+    vec![
+        ("random", base.clone()),
+        ("narrow", map(&|x| 1.0 + (x.abs() * 0.05) % 0.2)),
+        ("64 levels", map(&|x| (x * 16.0).floor())),
+        ("mostly zero", map(&|x| if x > 2.2 { x } else { 0.0 })),
+        ("zeros of both signs", map(&|x| if x > 0.0 { 0.0 } else { -0.0 })),
+        ("all equal", map(&|_| 3.5)),
+        ("large", map(&|x| x * 1e5)),
+        ("denormal", map(&|x| x * 1e-40)),
+        ("negative", map(&|x| -x.abs() - 1.0)),
+        ("rising", (0..n).map(|i| i as f32).collect()),
+        (
+            "NaN and infinity",
+            map(&|x| match x {
+                x if x > 1.5 => f32::NAN,
+                x if x < -1.5 => f32::NEG_INFINITY,
+                x => x,
+            }),
+        ),
+    ]
+}
+
+#[test]
+fn topk_is_exact() {
+    let Some(g) = Gpu::open("topk") else { return };
+    let mut rng = Rng(2);
+    let check = |rows: usize, columns: usize, k: usize, data: &[f32], name: &str| {
+        let half: Vec<bf16> = data.iter().map(|&x| bf16::from_f32(x)).collect();
+        let start: Vec<i32> = (0..rows).map(|r| (r * 13 % 50).min(columns) as i32).collect();
+        let end: Vec<i32> =
+            (0..rows).map(|r| (columns - (r * 31) % (columns / 2 + 1)) as i32).collect();
+        for (logits, bounded) in [
+            (t("logits", data, &[rows, columns]), false),
+            (t("logits", data, &[rows, columns]), true),
+            (t("logits", &half, &[rows, columns]), true),
+        ] {
+            let mut out = vec![-9i32; rows * k];
+            let args = TopKArgs {
+                logits,
+                row_start: bounded.then(|| t("row_start", &start, &[rows])),
+                row_end: bounded.then(|| t("row_end", &end, &[rows])),
+                indices: m("indices", &mut out, &[rows, k]),
+            };
+            let dev = TopKArgs {
+                logits: g.up(&logits),
+                row_start: g.up_maybe(&args.row_start),
+                row_end: g.up_maybe(&args.row_end),
+                indices: g.up(&args.indices),
+            };
+            g.cpu.topk(&args.check().unwrap(), Stream::DEFAULT).unwrap();
+            g.gpu.topk(&dev.check().unwrap(), Stream::DEFAULT).unwrap();
+            let got = g.down(&dev.indices);
+            assert!(got == raw(&out), "{name}: {rows} x {columns}, k {k}, {}", logits.dtype());
+        }
+    };
+    for k in [1, 7, 512, 2048, 4096] {
+        for columns in [0, 1, k - 1, k, k + 1, 2 * k + 77, if small() { 5000 } else { 40_001 }] {
+            for (name, data) in scores(&mut rng, 3 * columns) {
+                check(3, columns, k, &data, name);
+            }
+        }
+    }
+    if !small() {
+        for (name, data) in scores(&mut rng, 1_000_000) {
+            check(1, 1_000_000, 2048, &data, name);
+        }
+    }
+}
+
+#[test]
+fn select_is_exact() {
+    let Some(g) = Gpu::open("select") else { return };
+    let mut rng = Rng(3);
+    let mut check = |kind, lens: &[usize], heads, dim, levels, k: usize| {
+        let ix = Index::new(&mut rng, kind, lens, heads, dim, levels);
+        let mut out = vec![-7i32; lens.len() * k];
+        let dev = g.up(&m("indices", &mut out, &[lens.len(), k]));
+        g.select(g.up_indexer(&ix.args()), dev, Stream::DEFAULT);
+        let want = ix.select_on_cpu(&g, k);
+        assert!(
+            g.down(&dev) == raw(&want),
+            "{kind:?} {lens:?} {heads}x{dim} levels {levels} k {k}"
+        );
+    };
+    let k = 96;
+    let lens = [4100, 0, 1, k - 1, k, k + 1, 2999, 0, 777];
+    for kind in KINDS {
+        for heads in [1, 8, 32, 64] {
+            if small() && heads > 8 {
+                continue;
+            }
+            for levels in [0, 3] {
+                check(kind, &lens, heads, 128, levels, k);
+                check(kind, &[4099], heads, 128, levels, k); // Ranges, merged.
+            }
+        }
+    }
+    for k in [1, 512, 2048, 4096] {
+        check(Kind::PagedF8, &[9001, k - 1, k, k + 1], 4, 64, 3, k);
+    }
+    let many: Vec<usize> = (0..700).map(|i| 40 + 5 * i % 900).collect(); // More rows than lists.
+    check(Kind::PagedF8, &many, 4, 64, 0, k);
+    if !small() {
+        let long = [200_000, 199_999, 2048, 131_072];
+        for (heads, levels) in [(1, 0), (8, 2), (32, 0), (64, 0)] {
+            check(Kind::PagedF8, &long, heads, 128, levels, 2048);
+        }
+        check(Kind::F8, &[200_003, 150_001], 32, 128, 0, 2048);
+    }
+}
+
+#[test]
+fn twenty_runs_on_two_streams_have_the_same_bits() {
+    let Some(g) = Gpu::open("determinism") else { return };
+    let mut rng = Rng(4);
+    let k = 512;
+    let lens = [20_000, 19_990, 0, 513, 7001];
+    let heads = if small() { 2 } else { 32 };
+    let ix = Index::new(&mut rng, Kind::PagedF8, &lens, heads, 128, 2); // Ties in bulk.
+    let args = g.up_indexer(&ix.args());
+    let want = ix.select_on_cpu(&g, k);
+    let streams =
+        [(); 2].map(|()| result::stream::create(result::stream::StreamKind::NonBlocking).unwrap());
+    let mut blank = vec![-7i32; lens.len() * k];
+    let blank = m("indices", &mut blank, &[lens.len(), k]);
+    let outs: Vec<_> = (0..20)
+        .map(|run| {
+            let out = g.up(&blank);
+            g.select(args, out, Stream(streams[run % 2].cast()));
+            out
+        })
+        .collect();
+    assert!(outs.iter().all(|out| g.down(out) == raw(&want)));
+    for s in streams {
+        // SAFETY: created above, idle.
+        unsafe { result::stream::destroy(s) }.unwrap();
+    }
+}
+
+#[test]
+fn a_captured_step_serves_other_lengths_and_tables() {
+    let Some(g) = Gpu::open("capture") else { return };
+    let mut rng = Rng(5);
+    let k = 64;
+    let mut ix = Index::new(&mut rng, Kind::PagedF8, &[3000, 60, 65, 2000, 0], 8, 128, 0);
+    let args = g.up_indexer(&ix.args());
+    let mut blank = vec![-7i32; ix.rows * k];
+    let out = g.up(&m("indices", &mut blank, &[ix.rows, k]));
+    let slots = g.up(&m("slots", &mut blank, &[ix.rows, k]));
+    let op = args.check_select(out).unwrap();
+    let ws = g.workspace(g.gpu.select_workspace(&op));
+    let map = KeyMapArgs { row_end: None, ..args.map };
+    let translate =
+        IndicesToSlotsArgs { indices: out, map, page_size: PAGE, slots }.check().unwrap();
+    let stream = result::stream::create(result::stream::StreamKind::NonBlocking).unwrap();
+    // SAFETY: a stream of ours, from begin to end on this thread.
+    let graph = unsafe {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        result::stream::begin_capture(stream, mode).unwrap();
+        g.gpu.select(&op, ws, Stream(stream.cast())).unwrap();
+        g.gpu.indices_to_slots(&translate, Stream(stream.cast())).unwrap();
+        result::stream::end_capture(stream).unwrap()
+    };
+    let mut exec = std::ptr::null_mut();
+    // SAFETY: a whole graph.
+    unsafe { sys::cuGraphInstantiateWithFlags(&raw mut exec, graph, 0) }.result().unwrap();
+    for lens in [[3000, 60, 65, 2000, 0], [64, 3001, 0, 1, 2900], [0, 0, 0, 0, 0], [2999; 5]] {
+        ix.row_end = lens.to_vec();
+        ix.table = rng.shuffled(ix.pages)[..ix.table.len()].to_vec();
+        ix.row_request.rotate_left(1);
+        g.set(&args.map.row_end.unwrap(), &ix.row_end);
+        g.set(&args.map.block_table.unwrap(), &ix.table);
+        g.set(&args.map.row_request.unwrap(), &ix.row_request);
+        // SAFETY: everything the graph uses is alive.
+        unsafe { result::graph::launch(exec, stream) }.unwrap();
+        let want = ix.select_on_cpu(&g, k);
+        assert!(g.down(&out) == raw(&want), "{lens:?}");
+        let mut host = vec![-7i32; ix.rows * k];
+        let a = ix.args();
+        let map = KeyMapArgs { row_end: None, ..a.map };
+        let indices = t("indices", &want, &[ix.rows, k]);
+        let op = IndicesToSlotsArgs {
+            indices,
+            map,
+            page_size: PAGE,
+            slots: m("slots", &mut host, &[ix.rows, k]),
+        };
+        g.cpu.indices_to_slots(&op.check().unwrap(), Stream::DEFAULT).unwrap();
+        assert!(g.down(&slots) == raw(&host), "slots {lens:?}");
+    }
+    // SAFETY: ours, idle.
+    unsafe {
+        result::graph::exec_destroy(exec).unwrap();
+        result::graph::destroy(graph).unwrap();
+        result::stream::destroy(stream).unwrap();
+    }
+}
+
+/// Numbers that no host would write: nothing is out of reach of a kernel that trusts them.
+#[test]
+fn garbage_in_index_arrays_reaches_no_address() {
+    let Some(g) = Gpu::open("garbage") else { return };
+    let mut rng = Rng(6);
+    let (rows, k) = (9, 32);
+    let wild = |rng: &mut Rng, n: usize| -> Vec<i32> {
+        (0..n)
+            .map(|i| match i % 5 {
+                0 => i32::MAX,
+                1 => i32::MIN,
+                2 => -1,
+                _ => rng.bits() as i32 >> rng.below(31),
+            })
+            .collect()
+    };
+    for kind in KINDS {
+        let mut ix = Index::new(&mut rng, kind, &[500; 9], 3, 32, 0);
+        ix.table = wild(&mut rng, ix.table.len());
+        ix.row_end = wild(&mut rng, rows);
+        ix.row_request = wild(&mut rng, rows);
+        ix.row_request[3] = 1;
+        ix.row_start = wild(&mut rng, rows);
+        ix.row_start[3] = 0;
+        ix.row_end[3] = i32::MAX;
+        let args = g.up_indexer(&ix.args());
+        let mut indices = vec![5i32; rows * k];
+        let mut logits = vec![0f32; rows * 100];
+        let out = g.up(&m("indices", &mut indices, &[rows, k]));
+        g.select(args, out, Stream::DEFAULT);
+        for row in g.down(&out).chunks_exact(4 * k) {
+            let row: Vec<i32> =
+                row.chunks_exact(4).map(|b| i32::from_le_bytes(b.try_into().unwrap())).collect();
+            let live = row.iter().take_while(|&&i| i >= 0).count();
+            assert!(row[..live].is_sorted() && row[live..].iter().all(|&i| i == -1));
+        }
+        let logits = g.up(&m("logits", &mut logits, &[rows, 100]));
+        g.gpu.indexer_logits(&args.check_logits(logits).unwrap(), Stream::DEFAULT).unwrap();
+        g.sync();
+    }
+    let slots = wild(&mut rng, 40);
+    let k_rows = rng.normals(40 * 64);
+    let mut pages = vec![0u8; 2 * 64 * 68];
+    let op = IndexKWriteArgs {
+        k: g.up(&t("k", &k_rows, &[40, 64])),
+        slots: g.up(&t("slots", &slots, &[40])),
+        pages: g.up(&m("pages", &mut pages, &[2, 64 * 68])),
+        hadamard: true,
+        pow2_scale: true,
+    };
+    g.gpu.index_k_write(&op.check().unwrap(), Stream::DEFAULT).unwrap();
+    g.sync();
+    let (heads, d) = (3, 40);
+    let mut out = vec![0f32; rows * heads * d];
+    let indices = wild(&mut rng, rows * k);
+    let (topk, table) = (wild(&mut rng, rows), wild(&mut rng, 6));
+    let (q, kv) = (rng.normals(rows * heads * d), rng.normals(4 * 8 * d));
+    for form in [IndexForm::Slots, IndexForm::Logical] {
+        let block_table =
+            (form == IndexForm::Logical).then(|| g.up(&t("block_table", &table, &[3, 2])));
+        let op = SparseAttentionArgs {
+            q: g.up(&t("q", &q, &[rows, heads, d])),
+            kv: g.up(&t("kv", &kv, &[4, 8, d])),
+            indices: g.up(&t("indices", &indices, &[rows, k])),
+            form,
+            map: KeyMapArgs { block_table, ..KeyMapArgs::default() },
+            row_topk: Some(g.up(&t("row_topk", &topk, &[rows]))),
+            sink: None,
+            softmax_scale: 0.1,
+            out: g.up(&m("out", &mut out, &[rows, heads, d])),
+            lse: None,
+        };
+        let op_checked = op.check().unwrap();
+        g.gpu.sparse_attention(&op_checked, g.workspace(0), Stream::DEFAULT).unwrap();
+        assert!(floats(&g.down(&op.out)).iter().all(|x| x.is_finite()), "{form:?}");
+    }
+}
+
+#[test]
+fn attention_agrees() {
+    let Some(g) = Gpu::open("attention") else { return };
+    let mut rng = Rng(7);
+    for (heads, d_qk, d_v, topk) in [
+        (1, 576, 512, 100),
+        (8, 576, 512, 256),
+        (16, 48, 32, 33),
+        (128, 576, 512, 64),
+        (5, 1024, 1000, 17),
+    ] {
+        let (rows, pages, page) = (6, 9, 64);
+        for format in 0..3 {
+            if format == 2 && d_qk != 576 {
+                continue;
+            }
+            let kv = rng.normals(pages * page * d_qk);
+            let kv16: Vec<bf16> = kv.iter().map(|&x| bf16::from_f32(x)).collect();
+            let mut kv8 = vec![0u8; pages * page * 656];
+            let every: Vec<i32> = (0..(pages * page) as i32).collect();
+            if format == 2 {
+                let op = KvWriteArgs {
+                    kv: t("kv", &kv, &[pages * page, d_qk]),
+                    slots: t("slots", &every, &[pages * page]),
+                    pages: m("pages", &mut kv8, &[pages, page, 656]),
+                };
+                g.cpu.kv_write(&op.check().unwrap(), Stream::DEFAULT).unwrap();
+            }
+            let q = rng.normals(rows * heads * d_qk);
+            let q16: Vec<bf16> = q.iter().map(|&x| bf16::from_f32(x)).collect();
+            let table = rng.shuffled(pages)[..3 * 3].to_vec();
+            let indices: Vec<i32> = (0..rows * topk)
+                .map(|i| if i / topk == 2 || i % 7 == 3 { -1 } else { rng.below(3 * page) as i32 })
+                .collect();
+            let request = [0, 0, 1, 2, -1, 1];
+            let row_topk: Vec<i32> = (0..rows).map(|r| (topk - r * topk / 10) as i32).collect();
+            let sink = rng.normals(heads);
+            for logical in [false, true] {
+                let mut out = vec![9f32; rows * heads * d_v];
+                let mut lse = vec![9f32; rows * heads];
+                let args = SparseAttentionArgs {
+                    q: if logical {
+                        t("q", &q16, &[rows, heads, d_qk])
+                    } else {
+                        t("q", &q, &[rows, heads, d_qk])
+                    },
+                    kv: match format {
+                        0 => t("kv", &kv, &[pages, page, d_qk]),
+                        1 => t("kv", &kv16, &[pages, page, 1, d_qk]),
+                        _ => t("kv", &kv8, &[pages, page, 656]),
+                    },
+                    indices: t("indices", &indices, &[rows, topk]),
+                    form: if logical { IndexForm::Logical } else { IndexForm::Slots },
+                    map: KeyMapArgs {
+                        block_table: logical.then(|| t("block_table", &table, &[3, 3])),
+                        row_request: logical.then(|| t("row_request", &request, &[rows])),
+                        ..KeyMapArgs::default()
+                    },
+                    row_topk: logical.then(|| t("row_topk", &row_topk, &[rows])),
+                    sink: logical.then(|| t("sink", &sink, &[heads])),
+                    softmax_scale: 1.0 / (d_qk as f32).sqrt(),
+                    out: m("out", &mut out, &[rows, heads, d_v]),
+                    lse: Some(m("lse", &mut lse, &[rows, heads])),
+                };
+                let op = args.check().unwrap();
+                let mut ws = vec![0u8; g.cpu.sparse_attention_workspace(&op)];
+                g.cpu.sparse_attention(&op, Workspace::from(&mut ws[..]), Stream::DEFAULT).unwrap();
+                let dev = SparseAttentionArgs {
+                    q: g.up(&args.q),
+                    kv: g.up(&args.kv),
+                    indices: g.up(&args.indices),
+                    map: g.up_map(&args.map),
+                    row_topk: g.up_maybe(&args.row_topk),
+                    sink: g.up_maybe(&args.sink),
+                    out: g.up(&args.out),
+                    lse: g.up_maybe(&args.lse),
+                    ..args
+                };
+                let op = dev.check().unwrap();
+                g.gpu.sparse_attention(&op, g.workspace(0), Stream::DEFAULT).unwrap();
+                let (got, got_lse) =
+                    (floats(&g.down(&dev.out)), floats(&g.down(&dev.lse.unwrap())));
+                let norm = out.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+                let off =
+                    got.iter().zip(&out).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt();
+                assert!(
+                    off < 2e-6 * norm,
+                    "{heads}x{d_qk} format {format} {logical}: {}",
+                    off / norm
+                );
+                for (a, b) in got_lse.iter().zip(&lse) {
+                    assert!(a == b || (a - b).abs() < 2e-5, "lse {a} for {b}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_loop_runs_on_the_device() {
+    let Some(g) = Gpu::open("loop") else { return };
+    let mut rng = Rng(8);
+    let (k, rows) = (16, 4);
+    let plan = |topk: u32| {
+        let mut model = Model::new(topk);
+        model.mtp_layers = 1;
+        model.mtp_shares = true;
+        let pattern = Pattern::new(&Spelling::Letters("FSFS"), &Indexers::any(4).unwrap()).unwrap();
+        Arc::new(Plan::new(pattern, model).unwrap())
+    };
+    let shape = CacheShape { lanes: 2, max_rows: 6 };
+    // SAFETY: no host buffer.
+    let mut cache = unsafe { Cache::new(g.gpu.clone(), plan(k as u32), shape, None) }.unwrap();
+    cache.step_begin(1, rows, 1).unwrap();
+    assert!(g.down(&cache.slot(1).unwrap()).iter().all(|&b| b == 0xff));
+    let ix = Index::new(&mut rng, Kind::PagedF8, &[300, 290, 10, 17], 4, 64, 0);
+    let args = g.up_indexer(&ix.args());
+    let want = ix.select_on_cpu(&g, k);
+    let ws = g.workspace(cache.select_workspace(args).unwrap());
+    cache.select(1, 0, || Ok(args), ws, Stream::DEFAULT).unwrap();
+    cache
+        .select(1, 1, || panic!("a Shared layer has no work"), g.workspace(0), Stream::DEFAULT)
+        .unwrap();
+    assert!(g.down(&cache.indices(1, 1).unwrap().0) == raw(&want));
+    let host = t("indices", &want, &[rows, k]);
+    assert!(cache.publish(1, 2, Some(host), IndexForm::Logical, 0, Stream::DEFAULT).is_err());
+    // Publish, export, carry.
+    let given: Vec<i32> = (0..rows * k).map(|i| i as i32).collect();
+    let given_dev = g.up(&t("indices", &given, &[rows, k]));
+    cache.publish(1, 4, Some(given_dev), IndexForm::Logical, 0, Stream::DEFAULT).unwrap();
+    let out = g.up(&host);
+    cache.export(1, 4, out, Stream::DEFAULT).unwrap();
+    assert!(g.down(&out) == raw(&given));
+    let from = g.up(&t("from", &[1, 3, -1, -1, -1], &[5]));
+    cache.step_carry(1, from, 2, Stream::DEFAULT).unwrap();
+    let mut moved = vec![-1i32; 5 * k];
+    moved[..k].copy_from_slice(&given[k..2 * k]);
+    moved[k..2 * k].copy_from_slice(&given[3 * k..]);
+    assert!(g.down(&cache.indices(1, 4).unwrap().0) == raw(&moved));
+    // Overlap.
+    let (mut near, mut far) = ([0f32; 4], [0f32; 4]);
+    let other = [&want[..k], &given[..3 * k]].concat();
+    let other = t("b", &other, &[rows, k]);
+    let op = Overlap::check(host, other, m("overlap", &mut near, &[rows])).unwrap();
+    g.cpu.overlap(&op, Stream::DEFAULT).unwrap();
+    let dev = g.up(&m("overlap", &mut far, &[rows]));
+    let op = Overlap::check(g.up(&host), g.up(&other), dev).unwrap();
+    g.gpu.overlap(&op, Stream::DEFAULT).unwrap();
+    assert!(g.down(&dev) == raw(&near));
+    assert_eq!(near[0], 1.0);
+}
+
+#[test]
+fn the_callers_context_is_restored() {
+    let Some(g) = Gpu::open("context") else { return };
+    let mut rng = Rng(9);
+    let data = rng.normals(1000);
+    let mut out = vec![0i32; 8];
+    let args = TopKArgs {
+        logits: g.up(&t("logits", &data, &[1, 1000])),
+        row_start: None,
+        row_end: None,
+        indices: g.up(&m("indices", &mut out, &[1, 8])),
+    };
+    let op = args.check().unwrap();
+    let before = result::ctx::get_current().unwrap();
+    // SAFETY: no context is a fine state for the driver.
+    unsafe { result::ctx::set_current(std::ptr::null_mut()) }.unwrap();
+    g.gpu.topk(&op, Stream::DEFAULT).unwrap();
+    assert_eq!(result::ctx::get_current().unwrap(), None);
+    // SAFETY: the context that was current.
+    unsafe { result::ctx::set_current(before.unwrap()) }.unwrap();
+    g.gpu.topk(&op, Stream::DEFAULT).unwrap();
+    assert_eq!(result::ctx::get_current().unwrap(), before);
+    g.sync();
+    // Memory of another place is refused.
+    let host = t("logits", &data, &[1, 1000]);
+    let wrong = TopKArgs { logits: host, indices: m("indices", &mut out, &[1, 8]), ..args };
+    assert!(g.gpu.topk(&wrong.check().unwrap(), Stream::DEFAULT).is_err());
+}
+
+/// Whatever this machine and build have: never a panic, and a text that says what is missing.
+#[test]
+fn asking_for_cuda_is_answered_clearly() {
+    use indexcache::error::Status;
+    let auto = Context::new(BackendChoice::Auto(0), 1, || ()).unwrap();
+    match Context::new(BackendChoice::Cuda(0), 1, || ()) {
+        Ok(c) => {
+            assert_eq!(c.device(), Device::Cuda(0));
+            assert_eq!(auto.device(), Device::Cuda(0));
+            let e = Context::new(BackendChoice::Cuda(4096), 1, || ()).unwrap_err();
+            assert_eq!(e.status, Status::NoDevice);
+        }
+        Err(e) => {
+            assert!(matches!(e.status, Status::NoDevice | Status::NoKernelImage), "{e}");
+            assert!(e.message.contains("driver") || e.message.contains("nvcc"), "{e}");
+            assert_eq!(auto.passed_over(), Some(&e));
+            assert_eq!(auto.device(), Device::Cpu);
+        }
+    }
+}
