@@ -290,7 +290,7 @@ typedef struct idxc_context_desc {
    */
   int32_t backend;
   /**
-   * CUDA: ordinal of the device. CPU: 0.
+   * CUDA and auto: ordinal of the device. CPU: 0.
    */
   int32_t device_id;
   /**
@@ -324,7 +324,7 @@ typedef struct idxc_context_info {
    */
   int32_t device_id;
   /**
-   * Worker threads of the CPU backend.
+   * Worker threads of the CPU backend; CUDA: 0.
    */
   int32_t threads;
   /**
@@ -332,7 +332,7 @@ typedef struct idxc_context_info {
    */
   int32_t reserved;
   /**
-   * Static string: the instruction set that the CPU backend uses.
+   * Static string: the instruction set that the CPU backend uses, or the device's architecture, such as `sm_90`.
    */
   const char *isa;
 } idxc_context_info;
@@ -1027,7 +1027,11 @@ idxc_status idxc_set_log_callback(idxc_log_callback callback,
                                   void *user);
 
 /**
- * Opens a backend. `desc` NULL means `IDXC_CONTEXT_DESC_INIT`: the best backend, all cores.
+ * Opens a backend. `desc` NULL means `IDXC_CONTEXT_DESC_INIT`: CUDA device 0 if it can be used, else all cores.
+ *
+ * CUDA: uses the calling thread's current context if that is on the device (and it must then outlive this one), else
+ * the device's primary context. All kernels are loaded here. Every later call leaves the calling thread's current
+ * context as it was.
  *
  * - Ownership: `*out` is the caller's, for `idxc_context_destroy`. Caches keep what they need of it alive themselves.
  * - Threads: any; the handle may be used from many threads at once.

@@ -66,7 +66,8 @@ pub(super) struct Gpu {
     context: sys::CUcontext,
     /// The context is the device's primary one, which this keeps alive.
     primary: bool,
-    modules: Vec<sys::CUmodule>,
+    /// By the file in `kernels/`.
+    modules: Vec<(&'static str, sys::CUmodule)>,
     /// Multiprocessors.
     pub sms: usize,
     /// Compute capability, as 90 for 9.0.
@@ -148,7 +149,7 @@ impl Gpu {
         for image in IMAGES {
             // Code for one architecture stays out of others.
             if image.arch.is_none_or(|arch| arch == capability) {
-                gpu.modules.push(load(image)?);
+                gpu.modules.push((image.name, load(image)?));
             }
         }
         drop(entered);
@@ -173,19 +174,18 @@ impl Gpu {
         Ok(Entered { pushed, _thread: std::marker::PhantomData })
     }
 
-    /// The kernel of this name. `shared`: most dynamic shared memory that it will be launched with.
-    pub(super) fn kernel(&self, name: &'static CStr, shared: u32) -> Result<Kernel> {
+    /// A kernel of one file. `shared`: most dynamic shared memory that it will be launched with.
+    pub(super) fn kernel(&self, file: &str, name: &'static CStr, shared: u32) -> Result<Kernel> {
         let _entered = self.enter()?;
+        let module = self.modules.iter().find(|(of, _)| *of == file).map(|(_, module)| *module);
+        let module = module.ok_or_else(|| {
+            let text = format!("backend: this library has no kernels of {file} for the device");
+            Error::new(Status::NoKernelImage, text)
+        })?;
         let mut function = std::ptr::null_mut();
-        let found = self.modules.iter().any(|&module| {
-            // SAFETY: a loaded module, a C string.
-            let r = unsafe { sys::cuModuleGetFunction(&raw mut function, module, name.as_ptr()) };
-            r == CUresult::CUDA_SUCCESS
-        });
-        if !found {
-            let text = format!("backend: kernel {} is not in this library", name.to_string_lossy());
-            return Err(Error::new(Status::NoKernelImage, text));
-        }
+        // SAFETY: a loaded module, a C string; writes one handle.
+        let r = unsafe { sys::cuModuleGetFunction(&raw mut function, module, name.as_ptr()) };
+        check(&name.to_string_lossy(), r)?;
         let mut registers = 0;
         let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_NUM_REGS;
         // SAFETY: writes one integer. Asking makes the driver load the code now, and not at the first launch.
@@ -247,7 +247,7 @@ impl Drop for Gpu {
     fn drop(&mut self) {
         // At process exit the driver may be gone already; then every call fails and there is nothing to free.
         if let Ok(_entered) = self.enter() {
-            for &module in &self.modules {
+            for &(_, module) in &self.modules {
                 // SAFETY: loaded by `open`, unloaded once.
                 let _ = unsafe { sys::cuModuleUnload(module) };
             }

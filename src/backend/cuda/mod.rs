@@ -137,20 +137,20 @@ impl Cuda {
     /// Opens a device: the calling thread's context if it is on it, else its primary one.
     pub fn new(device: i32) -> Result<Self> {
         let gpu = Arc::new(Gpu::open(device)?);
-        let kernel = |name, shared| gpu.kernel(name, shared);
+        let kernel = |file, name, shared| gpu.kernel(file, name, shared);
         Ok(Cuda {
-            index_k_write: kernel(c"index_k_write", 0)?,
-            index_q_quantize: kernel(c"index_q_quantize", 0)?,
-            logits: kernel(c"logits", score_shared(MAX_INDEX_DIM))?,
-            select_rows: kernel(c"select_rows", score_shared(MAX_INDEX_DIM))?,
-            select_merge: kernel(c"select_merge", 0)?,
-            topk: kernel(c"topk", 0)?,
-            indices_to_slots: kernel(c"indices_to_slots", 0)?,
-            copy_rows: kernel(c"copy_rows", 0)?,
-            carry_rows: kernel(c"carry_rows", 0)?,
-            overlap: kernel(c"overlap", 0)?,
-            kv_write: kernel(c"kv_write", 0)?,
-            attention: kernel(c"attention", attention_shared(MAX_QK_DIM))?,
+            index_k_write: kernel("index_k", c"index_k_write", 0)?,
+            index_q_quantize: kernel("index_k", c"index_q_quantize", 0)?,
+            logits: kernel("logits", c"logits", score_shared(MAX_INDEX_DIM))?,
+            select_rows: kernel("select", c"select_rows", score_shared(MAX_INDEX_DIM))?,
+            select_merge: kernel("select", c"select_merge", 0)?,
+            topk: kernel("topk", c"topk", 0)?,
+            indices_to_slots: kernel("indices", c"indices_to_slots", 0)?,
+            copy_rows: kernel("indices", c"copy_rows", 0)?,
+            carry_rows: kernel("indices", c"carry_rows", 0)?,
+            overlap: kernel("indices", c"overlap", 0)?,
+            kv_write: kernel("kv", c"kv_write", 0)?,
+            attention: kernel("attention", c"attention", attention_shared(MAX_QK_DIM))?,
             gpu,
         })
     }
