@@ -37,11 +37,24 @@ pub enum BackendChoice {
 
 /// The host's stream that device work is put on; the CPU backend does not look at it.
 #[derive(Clone, Copy, Debug)]
-pub struct Stream(pub *mut c_void);
+pub struct Stream(*mut c_void);
 
 impl Stream {
     /// The default stream, and any stream for the CPU.
     pub const DEFAULT: Stream = Stream(std::ptr::null_mut());
+
+    /// A stream of the host's.
+    ///
+    /// # Safety
+    /// NULL, or a stream of the context's device that lives as long as calls use it. The CPU backend takes anything.
+    pub unsafe fn from_raw(stream: *mut c_void) -> Self {
+        Stream(stream)
+    }
+
+    /// The handle.
+    pub fn as_raw(self) -> *mut c_void {
+        self.0
+    }
 }
 
 /// Index memory of the library's own, on a context's device: int32, at first -1.
@@ -125,7 +138,7 @@ impl Context {
     pub fn index_k_write(&self, op: &IndexKWrite<'_>, stream: Stream) -> Result<()> {
         match &self.backend {
             Backend::Cpu(cpu) => cpu.index_k_write(op),
-            Backend::Cuda(cuda) => cuda.index_k_write(op, stream.0),
+            Backend::Cuda(cuda) => cuda.index_k_write(op, stream),
         }
     }
 
@@ -133,7 +146,7 @@ impl Context {
     pub fn index_q_quantize(&self, op: &IndexQQuantize<'_>, stream: Stream) -> Result<()> {
         match &self.backend {
             Backend::Cpu(cpu) => cpu.index_q_quantize(op),
-            Backend::Cuda(cuda) => cuda.index_q_quantize(op, stream.0),
+            Backend::Cuda(cuda) => cuda.index_q_quantize(op, stream),
         }
     }
 
@@ -141,7 +154,7 @@ impl Context {
     pub fn indexer_logits(&self, op: &IndexerLogits<'_>, stream: Stream) -> Result<()> {
         match &self.backend {
             Backend::Cpu(cpu) => cpu.indexer_logits(op),
-            Backend::Cuda(cuda) => cuda.indexer_logits(op, stream.0),
+            Backend::Cuda(cuda) => cuda.indexer_logits(op, stream),
         }
     }
 
@@ -157,7 +170,7 @@ impl Context {
     pub fn select(&self, op: &Select<'_>, workspace: Workspace<'_>, stream: Stream) -> Result<()> {
         match &self.backend {
             Backend::Cpu(cpu) => cpu.select(op, workspace.host()?),
-            Backend::Cuda(cuda) => cuda.select(op, workspace, stream.0),
+            Backend::Cuda(cuda) => cuda.select(op, workspace, stream),
         }
     }
 
@@ -170,7 +183,7 @@ impl Context {
     pub fn topk(&self, op: &TopK<'_>, stream: Stream) -> Result<()> {
         match &self.backend {
             Backend::Cpu(cpu) => cpu.topk(op),
-            Backend::Cuda(cuda) => cuda.topk(op, stream.0),
+            Backend::Cuda(cuda) => cuda.topk(op, stream),
         }
     }
 
@@ -178,7 +191,7 @@ impl Context {
     pub fn indices_to_slots(&self, op: &IndicesToSlots<'_>, stream: Stream) -> Result<()> {
         match &self.backend {
             Backend::Cpu(cpu) => cpu.indices_to_slots(op),
-            Backend::Cuda(cuda) => cuda.indices_to_slots(op, stream.0),
+            Backend::Cuda(cuda) => cuda.indices_to_slots(op, stream),
         }
     }
 
@@ -191,7 +204,7 @@ impl Context {
     ) -> Result<()> {
         match &self.backend {
             Backend::Cpu(cpu) => cpu.copy_rows(from, to),
-            Backend::Cuda(cuda) => cuda.copy_rows(from, to, stream.0),
+            Backend::Cuda(cuda) => cuda.copy_rows(from, to, stream),
         }
     }
 
@@ -206,7 +219,7 @@ impl Context {
     ) -> Result<()> {
         match &self.backend {
             Backend::Cpu(cpu) => cpu.carry_rows(data, from, old_rows),
-            Backend::Cuda(cuda) => cuda.carry_rows(data, from, old_rows, stream.0),
+            Backend::Cuda(cuda) => cuda.carry_rows(data, from, old_rows, stream),
         }
     }
 
@@ -214,7 +227,7 @@ impl Context {
     pub fn overlap(&self, op: &Overlap<'_>, stream: Stream) -> Result<()> {
         match &self.backend {
             Backend::Cpu(cpu) => cpu.overlap(op),
-            Backend::Cuda(cuda) => cuda.overlap(op, stream.0),
+            Backend::Cuda(cuda) => cuda.overlap(op, stream),
         }
     }
 
@@ -222,7 +235,7 @@ impl Context {
     pub fn kv_write(&self, op: &KvWrite<'_>, stream: Stream) -> Result<()> {
         match &self.backend {
             Backend::Cpu(cpu) => cpu.kv_write(op),
-            Backend::Cuda(cuda) => cuda.kv_write(op, stream.0),
+            Backend::Cuda(cuda) => cuda.kv_write(op, stream),
         }
     }
 
@@ -243,7 +256,7 @@ impl Context {
     ) -> Result<()> {
         match &self.backend {
             Backend::Cpu(cpu) => cpu.sparse_attention(op, workspace.host()?),
-            Backend::Cuda(cuda) => cuda.sparse_attention(op, stream.0),
+            Backend::Cuda(cuda) => cuda.sparse_attention(op, stream),
         }
     }
 }

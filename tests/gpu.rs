@@ -201,6 +201,11 @@ fn padded<'a, T: Element>(
     }
 }
 
+fn raw_stream(s: sys::CUstream) -> Stream {
+    // SAFETY: the tests destroy a stream when its work is done.
+    unsafe { Stream::from_raw(s.cast()) }
+}
+
 fn raw<T: Copy>(x: &[T]) -> &[u8] {
     // SAFETY: plain numbers without padding.
     unsafe { std::slice::from_raw_parts(x.as_ptr().cast(), size_of_val(x)) }
@@ -609,7 +614,7 @@ fn twenty_runs_on_two_streams_have_the_same_bits() {
     let outs: Vec<_> = (0..20)
         .map(|run| {
             let out = g.up(&blank);
-            g.select(args, out, Stream(streams[run % 2].cast()));
+            g.select(args, out, raw_stream(streams[run % 2]));
             out
         })
         .collect();
@@ -640,8 +645,8 @@ fn a_captured_step_serves_other_lengths_and_tables() {
     let graph = unsafe {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         result::stream::begin_capture(stream, mode).unwrap();
-        g.gpu.select(&op, ws, Stream(stream.cast())).unwrap();
-        g.gpu.indices_to_slots(&translate, Stream(stream.cast())).unwrap();
+        g.gpu.select(&op, ws, raw_stream(stream)).unwrap();
+        g.gpu.indices_to_slots(&translate, raw_stream(stream)).unwrap();
         result::stream::end_capture(stream).unwrap()
     };
     let mut exec = std::ptr::null_mut();

@@ -213,7 +213,9 @@ pub unsafe extern "C" fn idxc_step_carry(
         // SAFETY: by this function's contract.
         let (cache, from) =
             unsafe { (handle_mut(cache, "cache")?, tensor(from, "from", Access::Elements)?) };
-        cache.0.step_carry(index(lane, "lane")?, from, step_id, Stream(stream))
+        // SAFETY: by this function's contract.
+        let stream = unsafe { Stream::from_raw(stream) };
+        cache.0.step_carry(index(lane, "lane")?, from, step_id, stream)
     })
 }
 
@@ -279,7 +281,9 @@ pub unsafe extern "C" fn idxc_select(
         // SAFETY: by this function's contract.
         let args = || unsafe { indexer_args(desc, Access::Elements) };
         let (lane, layer) = (index(lane, "lane")?, layer_id(layer)?);
-        cache.0.select(lane, layer, args, workspace, Stream(stream))
+        // SAFETY: by this function's contract.
+        let stream = unsafe { Stream::from_raw(stream) };
+        cache.0.select(lane, layer, args, workspace, stream)
     })
 }
 
@@ -340,7 +344,9 @@ pub unsafe extern "C" fn idxc_publish(
         };
         let (lane, layer) = (index(lane, "lane")?, layer_id(layer)?);
         let form = index_form(form, "form")?;
-        cache.0.publish(lane, layer, indices, form, table_id, Stream(stream))
+        // SAFETY: by this function's contract.
+        let stream = unsafe { Stream::from_raw(stream) };
+        cache.0.publish(lane, layer, indices, form, table_id, stream)
     })
 }
 
@@ -399,7 +405,9 @@ pub unsafe extern "C" fn idxc_export(
         // SAFETY: by this function's contract.
         let (cache, out) =
             unsafe { (handle(cache, "cache")?, tensor(out, "out", Access::Elements)?) };
-        cache.0.export(index(lane, "lane")?, layer_id(layer)?, out, Stream(stream))
+        // SAFETY: by this function's contract.
+        let stream = unsafe { Stream::from_raw(stream) };
+        cache.0.export(index(lane, "lane")?, layer_id(layer)?, out, stream)
     })
 }
 
@@ -503,7 +511,9 @@ pub unsafe extern "C" fn idxc_attend(
             let workspace = super::workspace(cache.context(), workspace, workspace_size)?;
             (cache, op, workspace)
         };
-        cache.context().sparse_attention(&op, workspace, Stream(stream))
+        // SAFETY: by this function's contract.
+        let stream = unsafe { Stream::from_raw(stream) };
+        cache.context().sparse_attention(&op, workspace, stream)
     })
 }
 

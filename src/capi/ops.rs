@@ -237,7 +237,9 @@ pub unsafe extern "C" fn idxc_index_k_write(
             };
             (context, args.check()?)
         };
-        context.0.index_k_write(&op, Stream(stream))
+        // SAFETY: by this function's contract.
+        let stream = unsafe { Stream::from_raw(stream) };
+        context.0.index_k_write(&op, stream)
     })
 }
 
@@ -282,7 +284,9 @@ pub unsafe extern "C" fn idxc_index_q_quantize(
             };
             (context, args.check()?)
         };
-        context.0.index_q_quantize(&op, Stream(stream))
+        // SAFETY: by this function's contract.
+        let stream = unsafe { Stream::from_raw(stream) };
+        context.0.index_q_quantize(&op, stream)
     })
 }
 
@@ -307,7 +311,7 @@ pub unsafe extern "C" fn idxc_indexer_logits(
 ) -> idxc_status {
     guard("idxc_indexer_logits", || {
         // SAFETY: by this function's contract.
-        unsafe { indexer_logits(context, desc, logits, false, Stream(stream)) }
+        unsafe { indexer_logits(context, desc, logits, false, Stream::from_raw(stream)) }
     })
 }
 
@@ -332,7 +336,7 @@ pub unsafe extern "C" fn idxc_paged_indexer_logits(
 ) -> idxc_status {
     guard("idxc_paged_indexer_logits", || {
         // SAFETY: by this function's contract.
-        unsafe { indexer_logits(context, desc, logits, true, Stream(stream)) }
+        unsafe { indexer_logits(context, desc, logits, true, Stream::from_raw(stream)) }
     })
 }
 
@@ -432,7 +436,9 @@ pub unsafe extern "C" fn idxc_topk(
         // SAFETY: by this function's contract.
         let (context, op) =
             unsafe { (handle(context, "context")?, topk_args(desc, Access::Elements)?.check()?) };
-        context.0.topk(&op, Stream(stream))
+        // SAFETY: by this function's contract.
+        let stream = unsafe { Stream::from_raw(stream) };
+        context.0.topk(&op, stream)
     })
 }
 
@@ -472,7 +478,9 @@ pub unsafe extern "C" fn idxc_indices_to_slots(
             };
             (context, args.check()?)
         };
-        context.0.indices_to_slots(&op, Stream(stream))
+        // SAFETY: by this function's contract.
+        let stream = unsafe { Stream::from_raw(stream) };
+        context.0.indices_to_slots(&op, stream)
     })
 }
 
@@ -505,7 +513,9 @@ pub unsafe extern "C" fn idxc_kv_write(
             };
             (context, args.check()?)
         };
-        context.0.kv_write(&op, Stream(stream))
+        // SAFETY: by this function's contract.
+        let stream = unsafe { Stream::from_raw(stream) };
+        context.0.kv_write(&op, stream)
     })
 }
 
@@ -573,7 +583,9 @@ pub unsafe extern "C" fn idxc_sparse_attention(
             let op = attention_args(desc, |_| Ok((indices, form)), Access::Elements)?.check()?;
             (context, op, super::workspace(&context.0, workspace, workspace_size)?)
         };
-        context.0.sparse_attention(&op, workspace, Stream(stream))
+        // SAFETY: by this function's contract.
+        let stream = unsafe { Stream::from_raw(stream) };
+        context.0.sparse_attention(&op, workspace, stream)
     })
 }
 
@@ -607,6 +619,8 @@ pub unsafe extern "C" fn idxc_indices_overlap(
             let out = tensor(overlap, "overlap", Access::Elements)?;
             (context, Overlap::check(a, b, out)?)
         };
-        context.0.overlap(&op, Stream(stream))
+        // SAFETY: by this function's contract.
+        let stream = unsafe { Stream::from_raw(stream) };
+        context.0.overlap(&op, stream)
     })
 }

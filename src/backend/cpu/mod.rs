@@ -223,10 +223,9 @@ impl Cpu {
     ) -> Result<()> {
         check::row_map(from.row(&[]), old_rows)?;
         for (i, &old) in from.row(&[]).iter().enumerate() {
-            // SAFETY: one at a time; an ascending map reads each old row before anything overwrites it, and where
-            // the two are one row there is nothing to move.
             match usize::try_from(old) {
                 Ok(old) if old == i => {}
+                // SAFETY: two rows, one pair at a time; an ascending map reads each old row before it is overwritten.
                 Ok(old) => unsafe { data.row(&[i]).copy_from_slice(data.row(&[old])) },
                 // SAFETY: the only reference.
                 Err(_) => unsafe { data.row(&[i]) }.fill(-1),

@@ -207,14 +207,14 @@ impl Gpu {
         // SAFETY: writes one address.
         check("cuMemAlloc", unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes) })?;
         // SAFETY: memory just allocated.
-        let filled = check("cuMemsetD8", unsafe { sys::cuMemsetD8_v2(address, 0xff, bytes) })
+        let filled = match unsafe { sys::cuMemsetD8_v2(address, 0xff, bytes) } {
             // Streams that do not wait for the default one may use it next.
-            // SAFETY: takes no pointers.
-            .and_then(|()| {
-                check("cuStreamSynchronize", unsafe {
-                    sys::cuStreamSynchronize(std::ptr::null_mut())
-                })
-            });
+            // SAFETY: takes no pointers but the default stream.
+            CUresult::CUDA_SUCCESS => check("cuStreamSynchronize", unsafe {
+                sys::cuStreamSynchronize(std::ptr::null_mut())
+            }),
+            e => check("cuMemsetD8", e),
+        };
         if let Err(e) = filled {
             self.free(address);
             return Err(e);

@@ -6,13 +6,14 @@ mod driver;
 mod images;
 mod params;
 
+use crate::context::Stream;
 use crate::error::{Error, Result};
 use crate::layout::{Addresses, Workspace, with_slack};
 use crate::ops::*;
 use crate::tensor::{Device, Element, View, ViewMut};
 use driver::{Gpu, Kernel};
 use params::{Ptr, at, n, per_row, small};
-use std::ffi::{CStr, c_void};
+use std::ffi::CStr;
 use std::sync::Arc;
 
 /// Threads of a block, by kernel family.
@@ -204,7 +205,7 @@ impl Cuda {
         grid: (usize, usize),
         block: u32,
         shared: u32,
-        stream: *mut c_void,
+        stream: Stream,
         params: P,
     ) -> Result<()> {
         if grid.0 == 0 || grid.1 == 0 {
@@ -212,11 +213,11 @@ impl Cuda {
         }
         let _entered = self.gpu.enter()?;
         // SAFETY: passed on.
-        unsafe { kernel.launch(grid, block, shared, stream, params) }
+        unsafe { kernel.launch(grid, block, shared, stream.as_raw(), params) }
     }
 
     /// Quantises new indexer keys into their pages.
-    pub fn index_k_write(&self, op: &IndexKWrite<'_>, stream: *mut c_void) -> Result<()> {
+    pub fn index_k_write(&self, op: &IndexKWrite<'_>, stream: Stream) -> Result<()> {
         self.device(op.device)?;
         let (k, k_type, [k_row, _]) = floats(&op.k);
         let (slots, wide_slots) = slots(&op.slots);
@@ -241,7 +242,7 @@ impl Cuda {
     }
 
     /// Quantises indexer queries.
-    pub fn index_q_quantize(&self, op: &IndexQQuantize<'_>, stream: *mut c_void) -> Result<()> {
+    pub fn index_q_quantize(&self, op: &IndexQQuantize<'_>, stream: Stream) -> Result<()> {
         self.device(op.device)?;
         let (q, q_type, [q_row, q_head, _]) = floats(&op.q);
         let [rows, heads, dim] = op.q.shape();
@@ -273,7 +274,7 @@ impl Cuda {
     }
 
     /// Scores, all of them.
-    pub fn indexer_logits(&self, op: &IndexerLogits<'_>, stream: *mut c_void) -> Result<()> {
+    pub fn indexer_logits(&self, op: &IndexerLogits<'_>, stream: Stream) -> Result<()> {
         let ix = &op.indexer;
         self.device(ix.device)?;
         let (out, out_type, [out_row, _]) = floats_mut(&op.out);
@@ -307,7 +308,7 @@ impl Cuda {
     }
 
     /// Scores and selects.
-    pub fn select(&self, op: &Select<'_>, ws: Workspace<'_>, stream: *mut c_void) -> Result<()> {
+    pub fn select(&self, op: &Select<'_>, ws: Workspace<'_>, stream: Stream) -> Result<()> {
         let (ix, k) = (&op.indexer, op.topk);
         self.device(ix.device)?;
         let (blocks, capacity) = (self.select_blocks(), capacity(k));
@@ -343,7 +344,7 @@ impl Cuda {
     }
 
     /// Top-k of given scores.
-    pub fn topk(&self, op: &TopK<'_>, stream: *mut c_void) -> Result<()> {
+    pub fn topk(&self, op: &TopK<'_>, stream: Stream) -> Result<()> {
         self.device(op.device)?;
         let (logits, type_, [logits_row, _]) = floats(&op.logits);
         let [rows, columns] = op.logits.shape();
@@ -363,7 +364,7 @@ impl Cuda {
     }
 
     /// Logical indices to slots.
-    pub fn indices_to_slots(&self, op: &IndicesToSlots<'_>, stream: *mut c_void) -> Result<()> {
+    pub fn indices_to_slots(&self, op: &IndicesToSlots<'_>, stream: Stream) -> Result<()> {
         self.device(op.device)?;
         let [rows, k] = op.indices.shape();
         let params = params::IndicesToSlots {
@@ -383,7 +384,7 @@ impl Cuda {
         &self,
         from: &View<'_, i32, 2>,
         to: &ViewMut<'_, i32, 2>,
-        stream: *mut c_void,
+        stream: Stream,
     ) -> Result<()> {
         let [rows, k] = from.shape();
         let params = params::CopyRows {
@@ -403,7 +404,7 @@ impl Cuda {
         data: &ViewMut<'_, i32, 2>,
         from: &View<'_, i32, 1>,
         old_rows: usize,
-        stream: *mut c_void,
+        stream: Stream,
     ) -> Result<()> {
         let k = data.shape()[1];
         let params = params::CarryRows {
@@ -420,7 +421,7 @@ impl Cuda {
     }
 
     /// How much of one selection another covers.
-    pub fn overlap(&self, op: &Overlap<'_>, stream: *mut c_void) -> Result<()> {
+    pub fn overlap(&self, op: &Overlap<'_>, stream: Stream) -> Result<()> {
         self.device(op.device)?;
         let [rows, own_k] = op.own.shape();
         let params = params::Overlap {
@@ -437,7 +438,7 @@ impl Cuda {
     }
 
     /// Writes KV rows to their pages.
-    pub fn kv_write(&self, op: &KvWrite<'_>, stream: *mut c_void) -> Result<()> {
+    pub fn kv_write(&self, op: &KvWrite<'_>, stream: Stream) -> Result<()> {
         self.device(op.device)?;
         let (kv, kv_type, [kv_row, _]) = floats(&op.kv);
         let (slots, wide_slots) = slots(&op.slots);
@@ -467,7 +468,7 @@ impl Cuda {
     }
 
     /// Sparse MLA attention.
-    pub fn sparse_attention(&self, op: &SparseAttention<'_>, stream: *mut c_void) -> Result<()> {
+    pub fn sparse_attention(&self, op: &SparseAttention<'_>, stream: Stream) -> Result<()> {
         self.device(op.device)?;
         let (q, q_type, [q_row, q_head, _]) = floats(&op.q);
         let (out, out_type, [out_row, out_head, _]) = floats_mut(&op.out);
