@@ -776,7 +776,7 @@ typedef struct idxc_index_k_write_desc {
    */
   const struct idxc_tensor *slots;
   /**
-   * Written: pages as in `idxc_indexer_desc.k`.
+   * Written: uint8 pages as in `idxc_indexer_desc.k`.
    */
   const struct idxc_tensor *pages;
 } idxc_index_k_write_desc;
@@ -1441,7 +1441,7 @@ idxc_status idxc_attend(const struct idxc_cache *cache,
  *
  * Fp8 pages: per token `scale = max(max|k|, 1e-4) / 448`, as servers store it, and values `k / scale` rounded to nearest
  * even.
- * Bfloat16 pages: the key rounded to bfloat16; flags other than `IDXC_FLAG_HADAMARD` do not apply.
+ * For bfloat16 pages use `idxc_kv_write`.
  *
  * - Ownership: everything stays the caller's.
  * - Threads: any; two calls must not write the same slots at once.

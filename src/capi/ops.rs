@@ -33,7 +33,7 @@ pub struct idxc_index_k_write_desc {
     pub k: *const idxc_tensor,
     /// int32 or int64 `[tokens]`: `page * 64 + offset`; -1 skips the token.
     pub slots: *const idxc_tensor,
-    /// Written: pages as in `idxc_indexer_desc.k`.
+    /// Written: uint8 pages as in `idxc_indexer_desc.k`.
     pub pages: *const idxc_tensor,
 }
 
@@ -207,7 +207,7 @@ pub(super) unsafe fn attention_args<'a>(
 ///
 /// Fp8 pages: per token `scale = max(max|k|, 1e-4) / 448`, as servers store it, and values `k / scale` rounded to nearest
 /// even.
-/// Bfloat16 pages: the key rounded to bfloat16; flags other than `IDXC_FLAG_HADAMARD` do not apply.
+/// For bfloat16 pages use `idxc_kv_write`.
 ///
 /// - Ownership: everything stays the caller's.
 /// - Threads: any; two calls must not write the same slots at once.
