@@ -4,9 +4,9 @@
 mod common;
 
 use common::{
-    WARNINGS, cc, cdylib, cxx, fresh_dir, has, link_against, root, run, skip, snapshot, stdout,
+    WARNINGS, assert_exports, assert_soname_and_nodelete, cc, cdylib, cxx, fresh_dir, has,
+    link_against, root, run, skip, snapshot, stdout,
 };
-use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -188,22 +188,6 @@ fn tensor_is_dltensor() {
     run(cxx().args(["-std=c++11", "-fsyntax-only", &define]).arg(source("dlpack.cpp")));
 }
 
-/// Function names that a shared library exports, by `nm`.
-fn exports(library: &Path) -> BTreeSet<String> {
-    let text = stdout(Command::new("nm").args(["-D", "--defined-only", "-P"]).arg(library));
-    text.lines().map(|l| l.split([' ', '@']).next().unwrap().to_owned()).collect()
-}
-
-/// The function table and the function that gives it: nothing less, nothing more.
-fn assert_exports(library: &Path) {
-    let want: BTreeSet<String> = indexcache::capi::table::NAMES
-        .iter()
-        .chain(&["idxc_get_api"])
-        .map(|&n| n.to_owned())
-        .collect();
-    assert_eq!(exports(library), want);
-}
-
 #[test]
 fn cdylib_exports_the_table_and_nothing_else() {
     if !has("nm") {
@@ -218,9 +202,7 @@ fn cdylib_has_its_soname_and_stays_loaded() {
     if !has("readelf") {
         return skip("SONAME and NODELETE: no readelf");
     }
-    let text = stdout(Command::new("readelf").args(["-d", "-W"]).arg(cdylib()));
-    assert!(text.contains("Library soname: [libindexcache.so.0]"), "{text}");
-    assert!(text.contains("NODELETE"), "{text}");
+    assert_soname_and_nodelete(&cdylib());
 }
 
 /// Builds a program of `tests/c` twice, linked and loading, and gives both ways to run it.

@@ -1,6 +1,7 @@
 //! What the tests that build C and C++ programs share.
 #![allow(dead_code)] // Each test file uses its part.
 
+use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -94,4 +95,27 @@ pub fn snapshot(name: &str, have: &str) {
         "{} differs: the ABI changed. If that is meant: INDEXCACHE_BLESS=1\n--- now\n{have}",
         path.display()
     );
+}
+
+/// Function names that a shared library exports, by `nm`.
+fn exports(library: &Path) -> BTreeSet<String> {
+    let text = stdout(Command::new("nm").args(["-D", "--defined-only", "-P"]).arg(library));
+    text.lines().map(|l| l.split([' ', '@']).next().unwrap().to_owned()).collect()
+}
+
+/// The function table and the function that gives it: nothing less, nothing more.
+pub fn assert_exports(library: &Path) {
+    let want: BTreeSet<String> = indexcache::capi::table::NAMES
+        .iter()
+        .chain(&["idxc_get_api"])
+        .map(|&n| n.to_owned())
+        .collect();
+    assert_eq!(exports(library), want);
+}
+
+/// The name that programs record, and the flag without which a thread that exits after dlclose would crash.
+pub fn assert_soname_and_nodelete(library: &Path) {
+    let text = stdout(Command::new("readelf").args(["-d", "-W"]).arg(library));
+    assert!(text.contains("Library soname: [libindexcache.so.0]"), "{text}");
+    assert!(text.contains("NODELETE"), "{text}");
 }
