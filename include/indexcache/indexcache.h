@@ -1232,7 +1232,8 @@ idxc_status idxc_plan_export(const struct idxc_plan *plan,
 idxc_status idxc_cache_size(const struct idxc_plan *plan, const struct idxc_cache_desc *desc, size_t *size);
 
 /**
- * Makes an index cache for one model on one rank.
+ * Makes an index cache for one model on one rank. Layers whose selection the library's own operations cannot do (blocks
+ * of tokens, pooled keys) are named to the log callback: the host's kernels serve them, through `idxc_publish`.
  *
  * - Ownership: `*out` is the caller's, for `idxc_cache_destroy`. It keeps what it needs of `context` and `plan` alive.
  *   `desc->buffer` stays the caller's and must outlive the cache.
@@ -1319,7 +1320,8 @@ idxc_status idxc_select_workspace(const struct idxc_cache *cache,
  * - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
  * - Graph capture: allowed; which layers are Full is fixed by the plan, lengths are read on the device.
  * - Errors: `IDXC_ERR_INVALID` (argument named; CPU: a page or length out of range, before anything is written),
- *   `IDXC_ERR_STALE` (a Shared layer without indices, or no step), `IDXC_ERR_BUFFER_TOO_SMALL` (workspace).
+ *   `IDXC_ERR_STALE` (a Shared layer without indices, or no step), `IDXC_ERR_BUFFER_TOO_SMALL` (workspace),
+ *   `IDXC_ERR_UNSUPPORTED` (see `idxc_cache_create`).
  */
 idxc_status idxc_select(struct idxc_cache *cache,
                         int32_t lane,
@@ -1425,7 +1427,8 @@ idxc_status idxc_attend_workspace(const struct idxc_cache *cache,
  * - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
  * - Graph capture: allowed.
  * - Errors: `IDXC_ERR_INVALID` (argument named; CPU: an index out of range), `IDXC_ERR_STALE` (no indices for this
- *   layer), `IDXC_ERR_FORM` (slots of another block table), `IDXC_ERR_BUFFER_TOO_SMALL` (workspace).
+ *   layer), `IDXC_ERR_FORM` (slots of another block table), `IDXC_ERR_BUFFER_TOO_SMALL` (workspace),
+ *   `IDXC_ERR_UNSUPPORTED` (see `idxc_cache_create`).
  */
 idxc_status idxc_attend(const struct idxc_cache *cache,
                         int32_t lane,

@@ -264,6 +264,7 @@ impl Cache {
         if !self.must_select(lane, layer)? {
             return Ok(());
         }
+        self.require_kind(layer, false)?;
         let args = args()?;
         let step = self.step(lane)?;
         let rows = args.q.shape().first().copied().unwrap_or(0);
@@ -306,6 +307,30 @@ impl Cache {
             Role::Shared => self.written(lane, layer).map(|_| false),
             Role::None => Err(no_sparse_attention(layer)),
         }
+    }
+
+    /// Refuses a layer whose selection is of another kind than the operations': those select single rows of index K, one
+    /// set for all heads, and attend to the KV rows of the same numbers.
+    fn require_kind(&self, layer: u32, attend: bool) -> Result<()> {
+        let (l, sets) = (self.plan.layer(layer)?, self.plan.model().selections);
+        let same = l.block == l.key_pool || (attend && l.block == 1);
+        if same && sets == 1 {
+            return Ok(());
+        }
+        Err(Error::new(
+            Status::Unsupported,
+            format!(
+                "layer {layer} selects {sets} set(s) of blocks of {} token(s) by index K that stands for {} token(s) a row, \
+                 which this library cannot do: use the host's own kernels, with idxc_publish and idxc_indices",
+                l.block, l.key_pool
+            ),
+        ))
+    }
+
+    /// What the host has to do itself on some layer, if there is such a layer: to be said before the first step.
+    pub fn unsupported(&self) -> Option<Error> {
+        let sparse = |&l: &u32| self.role(l).is_ok_and(|r| r == Role::Full);
+        self.plan.stage().filter(sparse).find_map(|l| self.require_kind(l, false).err())
     }
 
     fn role(&self, layer: u32) -> Result<Role> {
@@ -427,6 +452,7 @@ impl Cache {
         table_id: u64,
     ) -> Result<(Tensor<'_>, IndexForm)> {
         let (indices, written) = self.indices(lane, layer)?;
+        self.require_kind(layer, true)?;
         if written.form == IndexForm::Slots && written.table_id != table_id {
             return Err(Error::new(
                 Status::Form,

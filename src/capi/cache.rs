@@ -8,7 +8,9 @@ use super::types::{
     idxc_indexer_desc, idxc_tensor, index_form, optional_tensor, tensor,
 };
 use super::types::{IDXC_DEVICE_CPU, IDXC_DEVICE_CUDA};
-use super::{give, guard, handle, handle_mut, idxc_status, out_pointer, take};
+use super::{
+    IDXC_LOG_WARNING, give, guard, handle, handle_mut, idxc_status, log, out_pointer, take,
+};
 use crate::cache::{Cache, CacheShape};
 use crate::context::Stream;
 use crate::error::{Error, Result};
@@ -109,7 +111,8 @@ pub unsafe extern "C" fn idxc_cache_size(
     })
 }
 
-/// Makes an index cache for one model on one rank.
+/// Makes an index cache for one model on one rank. Layers whose selection the library's own operations cannot do (blocks
+/// of tokens, pooled keys) are named to the log callback: the host's kernels serve them, through `idxc_publish`.
 ///
 /// - Ownership: `*out` is the caller's, for `idxc_cache_destroy`. It keeps what it needs of `context` and `plan` alive.
 ///   `desc->buffer` stays the caller's and must outlive the cache.
@@ -137,6 +140,9 @@ pub unsafe extern "C" fn idxc_cache_create(
             let d = descriptor(desc, "desc")?;
             let buffer = optional_tensor(d.buffer, "buffer", Access::Elements)?;
             let cache = Cache::new(context.0.clone(), plan.0.clone(), cache_shape(&d)?, buffer)?;
+            if let Some(e) = cache.unsupported() {
+                log(IDXC_LOG_WARNING, &e.message);
+            }
             give(out, idxc_cache(cache));
         }
         Ok(())
@@ -257,7 +263,8 @@ pub unsafe extern "C" fn idxc_select_workspace(
 /// - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
 /// - Graph capture: allowed; which layers are Full is fixed by the plan, lengths are read on the device.
 /// - Errors: `IDXC_ERR_INVALID` (argument named; CPU: a page or length out of range, before anything is written),
-///   `IDXC_ERR_STALE` (a Shared layer without indices, or no step), `IDXC_ERR_BUFFER_TOO_SMALL` (workspace).
+///   `IDXC_ERR_STALE` (a Shared layer without indices, or no step), `IDXC_ERR_BUFFER_TOO_SMALL` (workspace),
+///   `IDXC_ERR_UNSUPPORTED` (see `idxc_cache_create`).
 ///
 /// # Safety
 /// Pointers are NULL or valid as described.
@@ -487,7 +494,8 @@ pub unsafe extern "C" fn idxc_attend_workspace(
 /// - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
 /// - Graph capture: allowed.
 /// - Errors: `IDXC_ERR_INVALID` (argument named; CPU: an index out of range), `IDXC_ERR_STALE` (no indices for this
-///   layer), `IDXC_ERR_FORM` (slots of another block table), `IDXC_ERR_BUFFER_TOO_SMALL` (workspace).
+///   layer), `IDXC_ERR_FORM` (slots of another block table), `IDXC_ERR_BUFFER_TOO_SMALL` (workspace),
+///   `IDXC_ERR_UNSUPPORTED` (see `idxc_cache_create`).
 ///
 /// # Safety
 /// Pointers are NULL or valid as described.
