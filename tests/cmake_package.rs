@@ -88,6 +88,7 @@ fn installed_package_works_after_a_move() {
         &library,
         &[format!("-DCMAKE_PREFIX_PATH={}", prefix.display())],
     );
+    serve(&dir.join("serve"), &prefix);
     pkg_config(&dir, &prefix);
     // The same targets without an install. The static library is there already: cargo has nothing to do.
     consume(
@@ -95,6 +96,26 @@ fn installed_package_works_after_a_move() {
         &library,
         &[format!("-DINDEXCACHE_SOURCE={}", root().display()), cargo_dir],
     );
+}
+
+/// The example server as a project of its own: a real host, with nothing but `find_package`.
+fn serve(build: &Path, prefix: &Path) {
+    let prefix = format!("-DCMAKE_PREFIX_PATH={}", prefix.display());
+    run(cmake().arg("-S").arg(root().join("examples/serve")).arg("-B").arg(build).arg(prefix));
+    run(cmake().arg("--build").arg(build));
+    let model = root().join("examples/tiny_dsa");
+    let mut command = Command::new(build.join("serve"));
+    command.arg("--model").arg(model).args([
+        "--requests",
+        "1",
+        "--context",
+        "512",
+        "--decode",
+        "2",
+        "--json",
+    ]);
+    let report = stdout(&mut command);
+    assert!(report.contains("bits_per_byte"), "{report}");
 }
 
 fn pkg_config(dir: &Path, prefix: &Path) {

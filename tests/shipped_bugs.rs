@@ -296,7 +296,7 @@ fn all_best(seed: usize, ends: &[usize]) -> Vec<Vec<i32>> {
 
 const LONG: [usize; ROWS] = [TOKENS, 150, 120, 100, 90, 80];
 
-/// 1. A pipeline stage that starts on a Shared layer lost the indices: it must ask for them, its predecessor must know
+/// Bug 1: A pipeline stage that starts on a Shared layer lost the indices: it must ask for them, its predecessor must know
 /// to send them, and received ones must serve. Or the layer is promoted, and says so.
 #[test]
 fn bug_01_stage_starts_on_shared() {
@@ -327,7 +327,7 @@ fn bug_01_stage_starts_on_shared() {
     unsafe { (idxc_plan_destroy(promoted), idxc_plan_destroy(whole)) };
 }
 
-/// 2. A Shared layer read a buffer that nobody had written in this step.
+/// Bug 2: A Shared layer read a buffer that nobody had written in this step.
 #[test]
 fn bug_02_shared_reads_unwritten_buffer() {
     let mut host = Host::new("FSFS");
@@ -347,7 +347,7 @@ fn bug_02_shared_reads_unwritten_buffer() {
     assert_eq!(host.attend(0, 1, ROWS, 0), Err(IDXC_ERR_STALE));
 }
 
-/// 3. The draft (MTP) layer reused the target's indices, or started in skip mode.
+/// Bug 3: The draft (MTP) layer reused the target's indices, or started in skip mode.
 #[test]
 fn bug_03_draft_reuses_target_indices() {
     for flags in [0, IDXC_FLAG_MTP_SHARES] {
@@ -369,7 +369,7 @@ fn bug_03_draft_reuses_target_indices() {
     }
 }
 
-/// 4. The draft kept the indices of the last padded row instead of the last accepted one.
+/// Bug 4: The draft kept the indices of the last padded row instead of the last accepted one.
 #[test]
 fn bug_04_draft_keeps_padded_row() {
     let mut host = Host::with(plan_of("F", 1, IDXC_FLAG_MTP_SHARES), 1);
@@ -389,7 +389,7 @@ fn bug_04_draft_keeps_padded_row() {
     assert_eq!(host.indices(0, 1)[1], before[3]);
 }
 
-/// 5. Indices leaked from one step into the next, or between micro-batches.
+/// Bug 5: Indices leaked from one step into the next, or between micro-batches.
 #[test]
 fn bug_05_indices_leak() {
     let mut host = Host::new("FS");
@@ -429,7 +429,7 @@ fn guarded<T: Element>(values: &[T]) -> *mut T {
     }
 }
 
-/// 6. An index of -1 reached an address: row -1 of KV, page -1, request -1, slot -1.
+/// Bug 6: An index of -1 reached an address: row -1 of KV, page -1, request -1, slot -1.
 #[test]
 fn bug_06_minus_one_reaches_an_address() {
     const PAGES: usize = 4;
@@ -546,7 +546,7 @@ fn bug_06_minus_one_reaches_an_address() {
     drop((logits.values, ends.values));
 }
 
-/// 7. Buffers allocated by each call go stale under graph replay, a branch for short rows was baked into the graph, and
+/// Bug 7: Buffers allocated by each call go stale under graph replay, a branch for short rows was baked into the graph, and
 /// padding rows carried garbage. Without a graph: addresses stay, lengths are data, padding is -1.
 #[test]
 fn bug_07_addresses_move_and_lengths_are_baked() {
@@ -578,7 +578,7 @@ fn bug_07_addresses_move_and_lengths_are_baked() {
     assert_eq!(attended[0], 0.0);
 }
 
-/// 8. Configured but inactive: a field in the wrong place of a nested config, or behind a switch that is off, did
+/// Bug 8: Configured but inactive: a field in the wrong place of a nested config, or behind a switch that is off, did
 /// nothing and nobody noticed. It is refused, or visible.
 #[test]
 fn bug_08_configured_but_inactive() {
@@ -621,7 +621,7 @@ fn bug_08_configured_but_inactive() {
     unsafe { (idxc_plan_destroy(active), idxc_plan_destroy(off)) };
 }
 
-/// 9. Shared layers allocated, or wrote, index K that nobody reads.
+/// Bug 9: Shared layers allocated, or wrote, index K that nobody reads.
 #[test]
 fn bug_09_shared_layers_own_index_k() {
     let plan = plan_of("FSSSFSSSF", 1, 0);
@@ -634,7 +634,7 @@ fn bug_09_shared_layers_own_index_k() {
     unsafe { idxc_plan_destroy(plan) };
 }
 
-/// 10. Shared layers of checkpoints without indexer weights ran a randomly initialised indexer, which shows only past
+/// Bug 10: Shared layers of checkpoints without indexer weights ran a randomly initialised indexer, which shows only past
 /// top-k. On a Shared layer nothing that the host passes is looked at.
 #[test]
 fn bug_10_shared_layers_run_an_indexer() {
@@ -645,7 +645,7 @@ fn bug_10_shared_layers_run_an_indexer() {
     assert_eq!(host.indices(0, 1), all_best(0, &LONG));
     assert_ne!(all_best(0, &LONG), all_best(9, &LONG));
     ok(unsafe { idxc_select(host.cache, 0, 2, null(), null_mut(), 0, null_mut()) });
-    let garbage = desc::<idxc_indexer_desc>(|d| d.q = 8 as *const idxc_tensor);
+    let garbage = desc::<idxc_indexer_desc>(|d| d.q = std::ptr::dangling());
     ok(unsafe { idxc_select(host.cache, 0, 2, &raw const garbage, null_mut(), 0, null_mut()) });
     let attended = host.attend(0, 2, ROWS, 0).unwrap();
     for (row, &end) in LONG.iter().enumerate() {
@@ -653,7 +653,7 @@ fn bug_10_shared_layers_run_an_indexer() {
     }
 }
 
-/// 11. A capability that the backend lacks showed up as a crash or as wrong numbers, deep in the first request.
+/// Bug 11: A capability that the backend lacks showed up as a crash or as wrong numbers, deep in the first request.
 #[test]
 fn bug_11_missing_capability_shows_late() {
     let d = desc::<idxc_context_desc>(|d| (d.backend, d.device_id) = (IDXC_BACKEND_CUDA, 99));
@@ -690,7 +690,7 @@ fn bug_11_missing_capability_shows_late() {
     assert_eq!(host.attend(0, 3, 1, 0), Err(IDXC_ERR_UNSUPPORTED));
 }
 
-/// 12. Metadata of a draft step was overwritten by the next, or by the target: lengths and tables are read during the
+/// Bug 12: Metadata of a draft step was overwritten by the next, or by the target: lengths and tables are read during the
 /// call, and each lane keeps its own rows, step and source.
 #[test]
 fn bug_12_metadata_overwritten_across_draft_steps() {
@@ -722,7 +722,7 @@ fn bug_12_metadata_overwritten_across_draft_steps() {
     assert_eq!(host.indices(1, 2), [best(7, 3, 90)]);
 }
 
-/// 13. Indices that were translated to slots were used under another block table.
+/// Bug 13: Indices that were translated to slots were used under another block table.
 #[test]
 fn bug_13_slots_under_another_block_table() {
     let mut host = Host::new("FS");
