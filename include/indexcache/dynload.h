@@ -19,6 +19,13 @@
 #include <stdio.h>
 #include <string.h>
 
+/* A null pointer as each language spells it: C++ compilers can be told to warn of NULL. */
+#ifdef __cplusplus
+#define IDXC_NULL nullptr
+#else
+#define IDXC_NULL NULL
+#endif
+
 /** Bytes of the function table that the host cannot do without: all that this header knows. A host that is content
  * with an older library defines it, before including this file, as the offset of the first function it does not need,
  * and checks `struct_size` before it calls a later one. */
@@ -40,32 +47,32 @@ typedef struct idxc_library {
  * `-z nodelete`), so threads that have called it may exit later. Closing twice, or after a failed open, is fine. */
 static inline void idxc_library_close(idxc_library *library) {
   if (library->handle) dlclose(library->handle);
-  library->handle = NULL;
-  library->api = NULL;
+  library->handle = IDXC_NULL;
+  library->api = IDXC_NULL;
 }
 
 /** Opens the library at `path` (as dlopen takes it) and returns its function table, which is valid until the library is
  * closed. NULL on failure, with the reason in `library->error`. Any thread, each with its own `idxc_library`. */
 static inline const idxc_api *idxc_library_open(idxc_library *library, const char *path) {
-  const idxc_api *(*get_api)(uint32_t) = NULL;
+  const idxc_api *(*get_api)(uint32_t) = IDXC_NULL;
   const idxc_api *api;
   void *symbol;
   memset(library, 0, sizeof(*library));
   if (!path) { /* dlopen would open the program itself. */
     snprintf(library->error, sizeof(library->error), "path: expected a library's path, got NULL");
-    return NULL;
+    return IDXC_NULL;
   }
   library->handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
   if (!library->handle) {
     const char *reason = dlerror();
     snprintf(library->error, sizeof(library->error), "%s", reason ? reason : "dlopen failed");
-    return NULL;
+    return IDXC_NULL;
   }
   symbol = dlsym(library->handle, "idxc_get_api");
   if (!symbol) {
     snprintf(library->error, sizeof(library->error), "%s: not indexcache: no symbol idxc_get_api", path);
     idxc_library_close(library);
-    return NULL;
+    return IDXC_NULL;
   }
   memcpy(&get_api, &symbol, sizeof(get_api)); /* C has no cast from void* to a function. */
   api = get_api(IDXC_ABI_VERSION);
@@ -74,14 +81,14 @@ static inline const idxc_api *idxc_library_open(idxc_library *library, const cha
     const unsigned version = first ? first->version : 0, needed = IDXC_ABI_VERSION;
     snprintf(library->error, sizeof(library->error), "%s: ABI version %u, needed at least %u", path, version, needed);
     idxc_library_close(library);
-    return NULL;
+    return IDXC_NULL;
   }
   if (api->struct_size < IDXC_TABLE_SIZE_NEEDED) {
     const unsigned size = api->struct_size, needed = IDXC_TABLE_SIZE_NEEDED;
     snprintf(library->error, sizeof(library->error), "%s: function table of %u bytes, needed at least %u", path, size,
              needed);
     idxc_library_close(library);
-    return NULL;
+    return IDXC_NULL;
   }
   library->api = api;
   return api;

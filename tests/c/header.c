@@ -18,7 +18,7 @@ int main(void) {
   idxc_topk_desc topk_desc = IDXC_TOPK_DESC_INIT;
   idxc_indices_to_slots_desc indices_to_slots_desc = IDXC_INDICES_TO_SLOTS_DESC_INIT;
   idxc_kv_write_desc kv_write_desc = IDXC_KV_WRITE_DESC_INIT;
-  idxc_context *context = NULL;
+  idxc_context *context = IDXC_NULL;
   idxc_status status;
 
   index_k_write_desc.flags = IDXC_FLAG_HADAMARD | IDXC_FLAG_POW2_SCALE;
@@ -29,7 +29,7 @@ int main(void) {
   return index_k_write_desc.flags != 3 || model_desc.flags != 2 || context_info.struct_size != sizeof(context_info) || plan_info.struct_size != sizeof(plan_info) ||
          layer_info.struct_size != sizeof(layer_info) || cache_desc.struct_size != sizeof(cache_desc) ||
          lane_info.struct_size != sizeof(lane_info) || indexer_desc.struct_size != sizeof(indexer_desc) ||
-         attention_desc.struct_size != sizeof(attention_desc) || attention_desc.q != NULL ||
+         attention_desc.struct_size != sizeof(attention_desc) || attention_desc.q ||
          index_q_quantize_desc.struct_size != sizeof(index_q_quantize_desc) ||
          topk_desc.struct_size != sizeof(topk_desc) || kv_write_desc.struct_size != sizeof(kv_write_desc) ||
          indices_to_slots_desc.struct_size != sizeof(indices_to_slots_desc) ||
