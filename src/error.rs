@@ -31,11 +31,13 @@ pub enum Status {
     Driver = 10,
     /// The library broke one of its own promises; please report it.
     Panic = 11,
+    /// A file could not be read or written.
+    Io = 12,
 }
 
 impl Status {
     /// All statuses, in numeric order.
-    pub const ALL: [Status; 12] = [
+    pub const ALL: [Status; 13] = [
         Status::Ok,
         Status::Invalid,
         Status::Config,
@@ -48,6 +50,7 @@ impl Status {
         Status::OutOfMemory,
         Status::Driver,
         Status::Panic,
+        Status::Io,
     ];
 }
 

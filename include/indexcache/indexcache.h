@@ -975,6 +975,11 @@ typedef struct idxc_kv_write_desc {
  */
 #define IDXC_ERR_PANIC 11
 
+/**
+ * A file could not be read or written; the text has the system's reason.
+ */
+#define IDXC_ERR_IO 12
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus

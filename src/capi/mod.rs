@@ -56,6 +56,8 @@ pub const IDXC_ERR_OUT_OF_MEMORY: idxc_status = 9;
 pub const IDXC_ERR_DRIVER: idxc_status = 10;
 /// The library broke one of its own promises; please report it with the text.
 pub const IDXC_ERR_PANIC: idxc_status = 11;
+/// A file could not be read or written; the text has the system's reason.
+pub const IDXC_ERR_IO: idxc_status = 12;
 
 /// ABI version of this header. A library serves every version up to its own.
 pub const IDXC_ABI_VERSION: u32 = 1;
@@ -84,6 +86,7 @@ const _: () = {
     assert!(IDXC_ERR_OUT_OF_MEMORY == Status::OutOfMemory as i32);
     assert!(IDXC_ERR_DRIVER == Status::Driver as i32);
     assert!(IDXC_ERR_PANIC == Status::Panic as i32);
+    assert!(IDXC_ERR_IO == Status::Io as i32);
 };
 
 fn check_handle<T>(ptr: *const T, name: &'static str) -> Result<()> {
@@ -273,6 +276,7 @@ pub extern "C" fn idxc_status_name(status: idxc_status) -> *const c_char {
         IDXC_ERR_OUT_OF_MEMORY => c"IDXC_ERR_OUT_OF_MEMORY",
         IDXC_ERR_DRIVER => c"IDXC_ERR_DRIVER",
         IDXC_ERR_PANIC => c"IDXC_ERR_PANIC",
+        IDXC_ERR_IO => c"IDXC_ERR_IO",
         _ => c"unknown status",
     });
     name.as_ptr()

@@ -17,6 +17,7 @@ pub use pattern::{Indexers, MAX_LAYERS, Pattern, Role, Spelling};
 pub use stage::Handoff;
 
 use crate::error::{Error, Result};
+use crate::fnv::Fnv;
 use std::ops::Range;
 
 /// Most positions an indexer may select for one row.
@@ -508,19 +509,5 @@ impl Plan {
     /// Stages sliced with `promote` have another one than stages sliced without.
     pub fn model_fingerprint(&self) -> u64 {
         if self.promotes { Fnv(self.whole).u32(1).0 } else { self.whole }
-    }
-}
-
-/// FNV-1a, 64 bits.
-struct Fnv(u64);
-
-impl Fnv {
-    const fn new() -> Self {
-        Self(0xcbf2_9ce4_8422_2325)
-    }
-
-    fn u32(self, word: u32) -> Self {
-        let byte = |h: u64, b: u8| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3);
-        Self(word.to_le_bytes().into_iter().fold(self.0, byte))
     }
 }

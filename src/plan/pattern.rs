@@ -2,6 +2,7 @@
 
 use super::dialects::Dialect;
 use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
@@ -190,8 +191,9 @@ impl Spelling<'_> {
     }
 }
 
-/// One role a decoder layer; the first that is not `-` is Full.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+/// One role a decoder layer; the first that is not `-` is Full. As JSON: its letters.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub struct Pattern(Vec<Role>);
 
 impl Pattern {
@@ -268,6 +270,32 @@ impl Pattern {
     pub fn first_difference(&self, other: &Self) -> Option<usize> {
         let longest = self.layers().max(other.layers());
         (0..longest).find(|l| self.0.get(*l) != other.0.get(*l))
+    }
+}
+
+impl Pattern {
+    /// With another role for `layer`, unless that is the first sparse layer or has no indexer: those stay.
+    pub(crate) fn with(&self, layer: u32, role: Role) -> Self {
+        let mut roles = self.0.clone();
+        let mut others = (0..).zip(&mut roles).filter(|(_, r)| **r != Role::None).skip(1);
+        if let Some((_, r)) = others.find(|(l, _)| *l == layer) {
+            *r = role;
+        }
+        Self(roles)
+    }
+}
+
+impl From<Pattern> for String {
+    fn from(pattern: Pattern) -> Self {
+        pattern.to_string()
+    }
+}
+
+impl TryFrom<String> for Pattern {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Self> {
+        text.parse()
     }
 }
 
