@@ -504,8 +504,69 @@ fn damaged_at_every_byte() {
         fs::write(&path, other.concat()).unwrap();
         refused(Search::resume(&path, &spec(4)), "path", &format!("line {}", a + 2));
     }
+    // The start of another search's journal on top of this one's losses.
+    let other = Spec { model: "model b".into(), ..spec(4) };
+    let pasted = String::from_utf8(bytes.clone()).unwrap().replace("model a", "model b");
+    fs::write(&path, pasted).unwrap();
+    refused(Search::resume(&path, &other), "path", "line 2");
     fs::write(&path, [&bytes[..], &[0; 400]].concat()).unwrap();
     refused(Search::resume(&path, &spec(4)), "path", "line 9");
+}
+
+/// FNV-1a of the text of a journal, less its checks.
+fn with_checks(header: &str, losses: &[(&str, f64)]) -> String {
+    let fnv = |hash: u64, text: &str| {
+        text.bytes().fold(hash, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
+    };
+    let mut check = fnv(0xcbf2_9ce4_8422_2325, header);
+    let mut text = header.to_owned();
+    for (pattern, loss) in losses {
+        let body = format!("{{\"pattern\":\"{pattern}\",\"loss\":{loss:?}");
+        check = fnv(check, &format!("{body}}}"));
+        text += &format!("{body},\"check\":\"{check:016x}\"}}\n");
+    }
+    text
+}
+
+/// Nothing is damaged, but it is not what this search asks for.
+#[test]
+fn losses_that_were_not_asked_for() {
+    let path = journal("order");
+    let mut search = Search::new(&spec(3)).unwrap();
+    search.save(&path).unwrap();
+    let header = fs::read_to_string(&path).unwrap();
+    let good = [("FFF", 1.0), ("FSF", 1.5), ("FFS", 1.25), ("FSS", 2.0)];
+    for (pattern, loss) in good {
+        search.report(&pattern.parse().unwrap(), loss).unwrap();
+    }
+    drop(search);
+    assert_eq!(fs::read_to_string(&path).unwrap(), with_checks(&header, &good));
+    let [first, second, third, last] = good;
+    for (line, other) in [
+        (2, vec![second]),
+        (3, vec![first, third]),
+        (3, vec![first, first]),
+        (5, vec![first, second, third, third]),
+        (6, vec![first, second, third, last, last]),
+    ] {
+        fs::write(&path, with_checks(&header, &other)).unwrap();
+        refused(Search::resume(&path, &spec(3)), "path", &format!("line {line} "));
+    }
+}
+
+/// What a torn line left does not show behind a shorter one.
+#[test]
+fn a_torn_line_is_gone() {
+    let path = journal("torn");
+    let mut search = Search::new(&spec(3)).unwrap();
+    search.save(&path).unwrap();
+    let first = search.next().unwrap().pattern.clone();
+    drop(search);
+    let header = fs::read_to_string(&path).unwrap();
+    let long = with_checks(&header, &[("FFF", -1.2345678901234567e-300)]);
+    fs::write(&path, long.trim_end()).unwrap();
+    Search::resume(&path, &spec(3)).unwrap().report(&first, 1.0).unwrap();
+    assert_eq!(fs::read_to_string(&path).unwrap(), with_checks(&header, &[("FFF", 1.0)]));
 }
 
 #[test]
@@ -628,7 +689,7 @@ fn a_write_that_fails_changes_nothing() {
     };
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     let path = journal("full");
-    let loss = Loss::trap(4);
+    let loss = Loss { noise: 0.0, ..Loss::trap(4) };
     let (want, all) = run(&spec(4), &loss);
     limit(100);
     let mut search = Search::new(&spec(4)).unwrap();
@@ -639,9 +700,10 @@ fn a_write_that_fails_changes_nothing() {
     for told in 0..all.len() {
         let (pattern, size) =
             (search.next().unwrap().pattern.clone(), fs::read(&path).unwrap().len() as u64);
-        for room in [0, 1, 30] {
+        // The longest leaves more behind than the line that then fits.
+        for room in [0, 1, 30, 77] {
             limit(size + room);
-            let error = search.report(&pattern, loss.of_pattern(&pattern)).unwrap_err();
+            let error = search.report(&pattern, -1.2345678901234567e-300).unwrap_err();
             assert_eq!(error.status, Status::Io);
             assert_eq!(search.next().unwrap().pattern, pattern);
             assert_eq!(search.progress().evaluations, told as u64);

@@ -82,7 +82,8 @@ impl Journal {
         })
     }
 
-    /// Opens the journal of a search with these settings, changes nothing yet, and gives the losses in it.
+    /// Opens the journal of a search with these settings, and gives the losses in it. Changes nothing: a torn line goes
+    /// when the next is written.
     pub fn open(path: &Path, settings: &Settings) -> Result<(Self, Vec<(Pattern, f64)>)> {
         let fail = |e| cannot("be opened", path, e);
         if !std::fs::metadata(path).map_err(fail)?.is_file() {
@@ -129,13 +130,13 @@ impl Journal {
         Ok((journal, known))
     }
 
-    /// Makes an opened journal ready for more: drops a torn line.
+    /// Writes the first line of an opened journal that has none.
     pub fn begin(&mut self, settings: &Settings) -> Result<()> {
-        if self.end == 0 {
-            self.write(&header(settings)?.0)?;
-            return self.sync_directory();
+        if self.end > 0 {
+            return Ok(());
         }
-        if self.tail { self.write("") } else { Ok(()) }
+        self.write(&header(settings)?.0)?;
+        self.sync_directory()
     }
 
     /// Adds a loss. It is on the disk when this returns.
