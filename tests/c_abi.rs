@@ -62,7 +62,7 @@ fn headers_compile_without_warnings() {
             for loaded in [&[][..], &["-DLOADED"]] {
                 let mut command = cxx();
                 command.args([standard, "-fsyntax-only"]).args(WARNINGS).args(strict).args(bare);
-                run(command.args(loaded).arg(source("loop.cpp")));
+                run(command.args(loaded).arg(source("loop.cpp")).arg(source("search.cpp")));
             }
         }
     }
@@ -250,6 +250,14 @@ fn cxx_loop_agrees_with_plain_f64() {
         both_ways("loop.cpp", cxx, &["-std=c++17", "-O1", "-fno-exceptions", "-fno-rtti"])
     {
         run(&mut command);
+    }
+}
+
+#[test]
+fn cxx_search_survives_being_killed() {
+    let dir = fresh_dir("search.cpp-journals");
+    for mut command in both_ways("search.cpp", cxx, &["-std=c++17", "-O1"]) {
+        run(command.arg(&dir));
     }
 }
 

@@ -7,11 +7,13 @@ use indexcache::capi::cache::*;
 use indexcache::capi::context::*;
 use indexcache::capi::ops::*;
 use indexcache::capi::plan::*;
+use indexcache::capi::search::*;
 use indexcache::capi::table::*;
 use indexcache::capi::types::*;
 use indexcache::capi::*;
-use std::ffi::{CStr, c_char, c_void};
+use std::ffi::{CStr, CString, c_char, c_void};
 use std::ptr::{null, null_mut};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// What an argument is, and so how it can be wrong.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -189,6 +191,16 @@ fn made<T>(create: impl FnOnce(*mut *mut T) -> idxc_status) -> *mut T {
     out
 }
 
+/// A file that does not exist, of this call's own.
+fn journal() -> *const c_char {
+    static NUMBER: AtomicUsize = AtomicUsize::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let name = format!("refusals-{}-{number}.jsonl", std::process::id());
+    let path = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let _ = std::fs::remove_file(&path);
+    CString::new(path.to_str().unwrap()).unwrap().into_raw()
+}
+
 struct World {
     calls: Vec<Call>,
     /// Function, argument that holds the descriptor (or is the tensor), name in messages, the tensor, must be there.
@@ -285,7 +297,20 @@ fn world() -> World {
     let dead_plan = made(|out| unsafe { idxc_plan_from_pattern(model, c"FSF".as_ptr(), out) });
     let dead_cache = made(|out| unsafe { idxc_cache_create(context, plan, cache_desc, out) });
 
-    let calls = vec![
+    let search_desc = desc::<idxc_search_desc>(|d| {
+        (d.layers, d.topk) = (3, TOPK as i32);
+        (d.model, d.calibration) = (c"model".as_ptr(), c"rows".as_ptr());
+        (d.row_lengths, d.row_lengths_count) = (keep([TOKENS as i64]).cast(), 1);
+    });
+    let new_search = || made(|out| unsafe { idxc_search_create(search_desc, out) });
+    let (search, dead_search, saved) = (new_search(), new_search(), new_search());
+    let (journal, other_journal) = (journal(), journal());
+    assert_eq!(unsafe { idxc_search_save(saved, other_journal) }, IDXC_OK);
+    unsafe { idxc_search_destroy(saved) };
+    let candidate = desc::<idxc_search_candidate>(|_| ());
+    let result = vec![0u8; 4096].leak().as_mut_ptr();
+
+    let mut calls = vec![
         call!(idxc_version()),
         call!(idxc_status_name(status: Int = 3)),
         call!(idxc_last_error()),
@@ -354,7 +379,25 @@ fn world() -> World {
             workspace_size: Int = workspace_size, stream: Any = stream)),
         call!(idxc_indices_overlap(context: Required = context, a: Required = picked, b: Required = overlap_b,
             overlap: Required = overlap, stream: Any = stream)),
+        call!(idxc_search_create(desc: Required = search_desc, out: Required = out)),
+        call!(idxc_search_next(search: Required = search, candidate: Required = candidate)),
+        call!(idxc_search_report(search: Required = search, pattern: Bytes = c"FFF".as_ptr(), loss: Int = 1)),
+        call!(idxc_search_save(search: Required = search, path: Bytes = journal)),
+        call!(idxc_search_resume(desc: Required = search_desc, path: Bytes = other_journal, out: Required = out)),
+        call!(idxc_search_result(search: Required = search, buffer: Bytes = result, capacity: Int = 4096,
+            size: Required = size)),
+        call!(idxc_search_destroy(search: Any = dead_search)),
     ];
+    // A search keeps its journal to itself: the one that was made goes before the next call.
+    let resume = calls.iter_mut().find(|c| c.name == "idxc_search_resume").unwrap();
+    let invoke = std::mem::replace(&mut resume.invoke, Box::new(|_| Outcome::Nothing));
+    resume.invoke = Box::new(move |args| {
+        let outcome = invoke(args);
+        if outcome == Outcome::Number(IDXC_OK) {
+            unsafe { idxc_search_destroy(*(args[2] as *mut *mut idxc_search)) };
+        }
+        outcome
+    });
 
     let mut fields = Vec::new();
     macro_rules! fields {
@@ -405,7 +448,7 @@ fn world() -> World {
                     let size = unsafe { *(arg.value as *const u32) } as usize;
                     structs.push(sized(size, false));
                 }
-                ("info", _) => {
+                ("info" | "candidate", _) => {
                     let size = unsafe { *(arg.value as *const u32) } as usize;
                     structs.push(sized(size, true));
                 }
@@ -732,6 +775,7 @@ fn wrong_numbers() {
                 "flags" => &[2, 0x8000_0000],
                 "workspace_size" | "capacity" | "count" | "size" => &[0],
                 "step_id" | "table_id" => &[],
+                "loss" => &[2], // Not what was reported before.
                 other => panic!("{}: {other} is new: say how it can be wrong", call.name),
             };
             for &value in values {

@@ -4,7 +4,7 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-const SOURCES: [&str; 6] = ["mod", "types", "context", "plan", "cache", "ops"];
+const SOURCES: [&str; 7] = ["mod", "types", "context", "plan", "cache", "ops", "search"];
 
 /// One `idxc_` function of the header: name, and its prototype around the name.
 struct Function {

@@ -243,6 +243,17 @@
 #define IDXC_FLAG_POW2_SCALE 2
 
 /**
+ * Method: each step tries every flip, `layers * (layers - 1) / 2` in all.
+ */
+#define IDXC_SEARCH_GREEDY 0
+
+/**
+ * Method: each step tries the `few` flips that raised the loss least when they were last tried. Steps 1, 2, 4, 8, … (of
+ * each stage) try every flip, which keeps that ranking fresh and shows how often the few would have missed the best.
+ */
+#define IDXC_SEARCH_LAZY 1
+
+/**
  * Opaque here; the header spells it out.
  */
 typedef struct idxc_api idxc_api;
@@ -261,6 +272,23 @@ typedef struct idxc_context idxc_context;
  * A resolved pattern with everything that follows from it. Immutable; may be used from any number of threads.
  */
 typedef struct idxc_plan idxc_plan;
+
+/**
+ * A search for the layers that keep their indexer. One thread at a time.
+ *
+ * Starts with all layers Full. Each step turns Shared the one layer whose turn gives the lowest loss, ties to the
+ * lowest layer; each pattern's Full layers are among those of the pattern before, so one search serves every share of
+ * Full layers. The host measures the losses, in whatever way it runs its model:
+ *
+ *   idxc_search_create(&desc, &search);                     or idxc_search_resume(&desc, path, &search)
+ *   idxc_search_save(search, path);                         from here on it may be killed at any moment
+ *   while (idxc_search_next(search, &candidate) == IDXC_OK && candidate.pattern)
+ *     idxc_search_report(search, candidate.pattern, ... the model's loss with that pattern ...);
+ *   idxc_search_result(search, json, sizeof json, &size);
+ *
+ * What is asked next follows from the descriptor and the losses reported so far, and from nothing else.
+ */
+typedef struct idxc_search idxc_search;
 
 /**
  * Outcome of a call: `IDXC_OK` or one of the `IDXC_ERR_…` numbers. The text is in `idxc_last_error()`.
@@ -914,6 +942,126 @@ typedef struct idxc_kv_write_desc {
    */
   const struct idxc_tensor *pages;
 } idxc_kv_write_desc;
+
+/**
+ * What to search, for which model, on which calibration set.
+ *
+ * Layers are the decoder layers that have an indexer, numbered from 0: where a model has others between them, patterns
+ * are in the short form of `index_topk_pattern` (`IDXC_EXPORT_COMPACT_PATTERN`). Draft layers do not count.
+ */
+typedef struct idxc_search_desc {
+  /**
+   * `sizeof(idxc_search_desc)`, set by `IDXC_SEARCH_DESC_INIT`.
+   */
+  uint32_t struct_size;
+  /**
+   * 0.
+   */
+  uint32_t flags;
+  /**
+   * Layers of a pattern, 2 to 4096.
+   */
+  int32_t layers;
+  /**
+   * Tokens that an indexer selects for a row.
+   */
+  int32_t topk;
+  /**
+   * UTF-8, not empty: the host's name for exactly this model, such as a hash of its weights. A search does not resume
+   * under another name.
+   */
+  const char *model;
+  /**
+   * UTF-8, not empty: the host's name for exactly the calibration rows, such as a hash of their tokens. As above.
+   */
+  const char *calibration;
+  /**
+   * Tokens of each calibration row, `row_lengths_count` of them. All must be more than `topk`: in shorter rows every
+   * layer selects everything, so reuse is exact there and the loss says nothing.
+   */
+  const int64_t *row_lengths;
+  /**
+   * Calibration rows, 1 or more.
+   */
+  size_t row_lengths_count;
+  /**
+   * Layers that stay Full, ascending, `pinned_count` of them. Layer 0 and the first layer of each stage always do.
+   */
+  const int32_t *pinned;
+  /**
+   * 0: no others.
+   */
+  size_t pinned_count;
+  /**
+   * First layer of each pipeline stage, ascending, `stages_count` of them; layer 0 may be left out. The steps then
+   * take turns, stage by stage, and each tries the flips of its own stage only: so many times fewer evaluations, and
+   * no stage ever needs another's indices.
+   */
+  const int32_t *stages;
+  /**
+   * 0: one stage.
+   */
+  size_t stages_count;
+  /**
+   * `IDXC_SEARCH_GREEDY` or `IDXC_SEARCH_LAZY`.
+   */
+  int32_t method;
+  /**
+   * `IDXC_SEARCH_LAZY`: flips that a step tries, 1 or more. Otherwise 0.
+   */
+  int32_t few;
+  /**
+   * Full layers to stop at. 0: stop when only pinned layers are Full.
+   */
+  int32_t target_full_layers;
+  /**
+   * Full layers of the pattern to refine after the last step: the Full and the Shared layer of one stage whose
+   * exchange lowers the loss most are exchanged, until no exchange lowers it. 0: no refinement.
+   */
+  int32_t swap_full_layers;
+} idxc_search_desc;
+
+/**
+ * A pattern to measure. The strings are the search's, and valid until the next `idxc_search_report` or
+ * `idxc_search_destroy` on it.
+ */
+typedef struct idxc_search_candidate {
+  /**
+   * `sizeof(idxc_search_candidate)`, set by `IDXC_SEARCH_CANDIDATE_INIT`.
+   */
+  uint32_t struct_size;
+  /**
+   * 0.
+   */
+  uint32_t flags;
+  /**
+   * One `F` or `S` a layer; NULL when the search is complete.
+   */
+  const char *pattern;
+  /**
+   * The pattern that the search has got to, of which `pattern` is a small change; NULL when the search is complete.
+   */
+  const char *base;
+  /**
+   * Losses reported so far.
+   */
+  int64_t evaluations;
+  /**
+   * Losses that the whole search takes. Exact, except that refinement counts with the round it is in or will begin
+   * with: each exchange adds another.
+   */
+  int64_t expected;
+  /**
+   * The first layer whose role differs from `base`. What enters it (hidden states, and the indices of the last Full
+   * layer before it) is what enters it under `base`: a host that kept that from one run of `base` starts here, with
+   * the same result. 0 for the all-Full pattern, which comes first; -1 when the search is complete.
+   */
+  int32_t first_changed_layer;
+  /**
+   * 0.
+   */
+  int32_t reserved;
+} idxc_search_candidate;
 
 /**
  * Success.
@@ -1618,6 +1766,112 @@ idxc_status idxc_indices_overlap(const struct idxc_context *context,
                                  void *stream);
 
 /**
+ * Begins a search.
+ *
+ * - Ownership: `*out` is the caller's, for `idxc_search_destroy`. Nothing of `desc` is kept.
+ * - Threads: any; the search itself is for one thread at a time.
+ * - Stream: none.
+ * - Graph capture: not allowed; allocates.
+ * - Errors: `IDXC_ERR_INVALID` (field named; a calibration row that is not longer than `topk`). `*out` is NULL after an
+ *   error.
+ */
+idxc_status idxc_search_create(const struct idxc_search_desc *desc,
+                               struct idxc_search **out);
+
+/**
+ * Tells what to measure: the same candidate until its loss is reported, and `pattern` NULL when the search is complete.
+ * The loss is the mean over all calibration rows, the same rows each time; lower is better.
+ *
+ * - Ownership: `candidate` is the caller's; its strings are the search's, see there.
+ * - Threads: the search's.
+ * - Stream: none.
+ * - Graph capture: allowed; host only.
+ * - Errors: `IDXC_ERR_INVALID`.
+ */
+idxc_status idxc_search_next(const struct idxc_search *search,
+                             struct idxc_search_candidate *candidate);
+
+/**
+ * Takes the loss of the pattern that `idxc_search_next` gave: `pattern` is that string, or one equal to it. If the
+ * search has a journal, the loss is on the disk when this returns. Reporting a loss again is fine if it is the same.
+ *
+ * - Ownership: nothing changes hands; the candidate's strings are no longer valid.
+ * - Threads: the search's.
+ * - Stream: none.
+ * - Graph capture: not allowed; allocates, and may write a file.
+ * - Errors: `IDXC_ERR_INVALID` (a loss that is NaN or infinite, or not the one reported before; a pattern that was not
+ *   asked for), `IDXC_ERR_CONFIG` (text that is no pattern), `IDXC_ERR_IO` (the journal could not be written; report
+ *   again). An error changes nothing.
+ */
+idxc_status idxc_search_report(struct idxc_search *search,
+                               const char *pattern,
+                               double loss);
+
+/**
+ * Makes the new file `path` the search's journal: it receives all losses reported so far, and each later one before
+ * `idxc_search_report` returns, so the process may be killed at any moment. Does nothing if `path` is the search's
+ * journal already. The file is kept locked while the search has it.
+ *
+ * - Ownership: `path` (UTF-8) is the caller's; the file is the search's until `idxc_search_destroy`.
+ * - Threads: the search's.
+ * - Stream: none.
+ * - Graph capture: not allowed; writes a file.
+ * - Errors: `IDXC_ERR_INVALID` (`path` exists: `idxc_search_resume` goes on with a search), `IDXC_ERR_IO`. An error
+ *   leaves the search, and the journal it had, as they were.
+ */
+idxc_status idxc_search_save(struct idxc_search *search,
+                             const char *path);
+
+/**
+ * Goes on with the search whose journal `path` is, from the last loss that was reported to it; `path` is the journal of
+ * the search that is made. Nothing is asked for twice, and the result is that of a search that was never interrupted.
+ *
+ * - Ownership: `*out` is the caller's, for `idxc_search_destroy`. Nothing of `desc` is kept. The file as for
+ *   `idxc_search_save`.
+ * - Threads: any; the search itself is for one thread at a time.
+ * - Stream: none.
+ * - Graph capture: not allowed; allocates, reads a file and may write it.
+ * - Errors: `IDXC_ERR_INVALID` (as `idxc_search_create`; `desc` is not what the search began with, field named;
+ *   another search has the file open; the file is not a journal, or damaged anywhere but in a last line that was being
+ *   written), `IDXC_ERR_IO` (no such file, …). `*out` is NULL and the file unchanged after an error.
+ */
+idxc_status idxc_search_resume(const struct idxc_search_desc *desc,
+                               const char *path,
+                               struct idxc_search **out);
+
+/**
+ * Writes what the search has found so far as a JSON object, NUL-terminated; `complete` in it says whether that is all.
+ * `*size` receives the bytes needed, NUL included; with `buffer` NULL and `capacity` 0 that is all that happens.
+ *
+ * `patterns` has the pattern of every share of Full layers, `"1/2"`, `"1/4"`, `"1/8"` (rounded up to whole layers) and
+ * `"n/layers"` in lowest terms, for `index_topk_pattern`. `steps` has each step's flip with all losses that it
+ * compared, `swaps` the exchanges of the refinement (the last one's `pattern` is the refined one; none: nothing was
+ * better). `evaluations`, `saved_evaluations` (flips that plain greedy would have tried) and `lazy_differs` (steps of
+ * `IDXC_SEARCH_LAZY` that tried all flips to compare, and those at which the few had missed the best) tell the cost.
+ *
+ * - Ownership: `buffer` is the caller's.
+ * - Threads: the search's.
+ * - Stream: none.
+ * - Graph capture: not allowed; allocates.
+ * - Errors: `IDXC_ERR_INVALID`, `IDXC_ERR_BUFFER_TOO_SMALL` (`*size` is set).
+ */
+idxc_status idxc_search_result(const struct idxc_search *search,
+                               char *buffer,
+                               size_t capacity,
+                               size_t *size);
+
+/**
+ * Ends a search. NULL is fine. Its journal stays, complete up to the last report, for `idxc_search_resume`.
+ *
+ * - Ownership: takes `search`, which must not be used again.
+ * - Threads: any, when no other thread is in a call with this handle.
+ * - Stream: none.
+ * - Graph capture: not allowed; closes a file.
+ * - Errors: none.
+ */
+void idxc_search_destroy(struct idxc_search *search);
+
+/**
  * Every function of this header, by place: the only symbol that a host which loads the library with `dlopen` has to
  * look up. Entries are only ever appended; check `struct_size` before using one that is newer than your minimum.
  *
@@ -1673,6 +1927,12 @@ const struct idxc_api *idxc_get_api(uint32_t version);
 /** Initialiser of `idxc_kv_write_desc`: all defaults. */
 #define IDXC_KV_WRITE_DESC_INIT { sizeof(idxc_kv_write_desc), 0, NULL, NULL, NULL }
 
+/** Initialiser of `idxc_search_desc`: all defaults. */
+#define IDXC_SEARCH_DESC_INIT { sizeof(idxc_search_desc), 0, 0, 0, NULL, NULL, NULL, 0, NULL, 0, NULL, 0, 0, 0, 0, 0 }
+
+/** Initialiser of `idxc_search_candidate`: all defaults. */
+#define IDXC_SEARCH_CANDIDATE_INIT { sizeof(idxc_search_candidate), 0, NULL, NULL, 0, 0, 0, 0 }
+
 /** The functions above, for hosts that load the library at run time; see `idxc_get_api`. */
 struct idxc_api {
   /** Bytes of this table in the library: a function past its end does not exist there. */
@@ -1722,6 +1982,13 @@ struct idxc_api {
   idxc_status (*idxc_sparse_attention_workspace)(const struct idxc_context *context, const struct idxc_attention_desc *desc, const struct idxc_tensor *indices, int32_t form, size_t *size);
   idxc_status (*idxc_sparse_attention)(const struct idxc_context *context, const struct idxc_attention_desc *desc, const struct idxc_tensor *indices, int32_t form, void *workspace, size_t workspace_size, void *stream);
   idxc_status (*idxc_indices_overlap)(const struct idxc_context *context, const struct idxc_tensor *a, const struct idxc_tensor *b, const struct idxc_tensor *overlap, void *stream);
+  idxc_status (*idxc_search_create)(const struct idxc_search_desc *desc, struct idxc_search **out);
+  idxc_status (*idxc_search_next)(const struct idxc_search *search, struct idxc_search_candidate *candidate);
+  idxc_status (*idxc_search_report)(struct idxc_search *search, const char *pattern, double loss);
+  idxc_status (*idxc_search_save)(struct idxc_search *search, const char *path);
+  idxc_status (*idxc_search_resume)(const struct idxc_search_desc *desc, const char *path, struct idxc_search **out);
+  idxc_status (*idxc_search_result)(const struct idxc_search *search, char *buffer, size_t capacity, size_t *size);
+  void (*idxc_search_destroy)(struct idxc_search *search);
 };
 
 #ifdef __cplusplus

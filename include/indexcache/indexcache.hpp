@@ -2,7 +2,7 @@
  *
  * Header-only, over indexcache.h, whose comments are the reference: every C function is here under its own name, and
  * arguments are the C structs themselves. Nothing throws and nothing needs exceptions or RTTI; only Plan::export_text
- * allocates on the C++ side of a successful call. Handles are move-only. An empty handle (default-made, moved from, or
+ * and Search::result allocate on the C++ side of a successful call. Handles are move-only. An empty handle (default-made, moved from, or
  * out of a failed Result) is a NULL handle: every call refuses it with IDXC_ERR_INVALID.
  *
  *   auto context = indexcache::Context::create();
@@ -233,10 +233,11 @@ struct Destroy {
   void operator()(idxc_context* p) const noexcept { INDEXCACHE_CALL(idxc_context_destroy)(p); }
   void operator()(idxc_plan* p) const noexcept { INDEXCACHE_CALL(idxc_plan_destroy)(p); }
   void operator()(idxc_cache* p) const noexcept { INDEXCACHE_CALL(idxc_cache_destroy)(p); }
+  void operator()(idxc_search* p) const noexcept { INDEXCACHE_CALL(idxc_search_destroy)(p); }
 };
 }  // namespace detail
 
-/// What `Context`, `Plan` and `Cache` have in common: sole ownership of a C handle.
+/// What `Context`, `Plan`, `Cache` and `Search` have in common: sole ownership of a C handle.
 template <class C>
 class Handle {
  public:
@@ -492,6 +493,57 @@ class Cache : public Handle<idxc_cache> {
   [[nodiscard]] idxc_status attend(std::int32_t lane, std::int32_t layer, const idxc_attention_desc& desc,
                                    void* workspace, std::size_t workspace_size, void* stream = nullptr) const noexcept {
     return INDEXCACHE_CALL(idxc_attend)(get(), lane, layer, &desc, workspace, workspace_size, stream);
+  }
+};
+
+/// A search for the layers that keep their indexer, and its journal. One thread at a time.
+class Search : public Handle<idxc_search> {
+ public:
+  using Handle::Handle;
+
+  static Result<Search> create(const idxc_search_desc& desc) noexcept {
+    idxc_search* out = nullptr;
+    const idxc_status status = INDEXCACHE_CALL(idxc_search_create)(&desc, &out);
+    return {status, Search(out)};
+  }
+
+  static Result<Search> resume(const idxc_search_desc& desc, const char* path) noexcept {
+    idxc_search* out = nullptr;
+    const idxc_status status = INDEXCACHE_CALL(idxc_search_resume)(&desc, path, &out);
+    return {status, Search(out)};
+  }
+
+  /// What to measure; `pattern` is nullptr when the search is complete. Its strings are valid until the next report.
+  Result<idxc_search_candidate> next() const noexcept {
+    idxc_search_candidate candidate = IDXC_SEARCH_CANDIDATE_INIT;
+    const idxc_status status = INDEXCACHE_CALL(idxc_search_next)(get(), &candidate);
+    return {status, candidate};
+  }
+
+  [[nodiscard]] idxc_status report(const char* pattern, double loss) noexcept {
+    return INDEXCACHE_CALL(idxc_search_report)(get(), pattern, loss);
+  }
+
+  [[nodiscard]] idxc_status save(const char* path) noexcept {
+    return INDEXCACHE_CALL(idxc_search_save)(get(), path);
+  }
+
+  /// `idxc_search_result` as a string. May throw std::bad_alloc where exceptions are on.
+  Result<std::string> result() const {
+    std::size_t size = 0;
+    std::string text;
+    idxc_status status = result(nullptr, 0, &size);
+    if (status == IDXC_OK) {
+      text.resize(size);
+      status = result(text.data(), text.size(), &size);
+      text.resize(status == IDXC_OK ? size - 1 : 0);
+    }
+    return {status, std::move(text)};
+  }
+
+  /// The same into the caller's buffer; `*size` receives the bytes needed, NUL included.
+  [[nodiscard]] idxc_status result(char* buffer, std::size_t capacity, std::size_t* size) const noexcept {
+    return INDEXCACHE_CALL(idxc_search_result)(get(), buffer, capacity, size);
   }
 };
 

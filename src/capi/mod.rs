@@ -21,6 +21,8 @@ pub mod cache;
 
 pub mod ops;
 
+pub mod search;
+
 pub mod table;
 
 #[cfg(debug_assertions)]

@@ -4,6 +4,7 @@ use super::cache::*;
 use super::context::*;
 use super::ops::*;
 use super::plan::*;
+use super::search::*;
 use super::*;
 
 /// Makes the table and the list of its names, so that neither can miss what the other has. The header's struct is
@@ -78,6 +79,13 @@ api_table! {
     idxc_sparse_attention_workspace,
     idxc_sparse_attention,
     idxc_indices_overlap,
+    idxc_search_create,
+    idxc_search_next,
+    idxc_search_report,
+    idxc_search_save,
+    idxc_search_resume,
+    idxc_search_result,
+    idxc_search_destroy,
 }
 
 /// Every function of this header, by place: the only symbol that a host which loads the library with `dlopen` has to

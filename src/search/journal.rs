@@ -222,10 +222,12 @@ fn line(check: Fnv, pattern: &Pattern, loss: f64) -> Result<(String, Fnv)> {
     Ok((format!("{open},\"check\":\"{:016x}\"}}\n", check.0), check))
 }
 
-pub(super) fn json(value: &impl Serialize) -> Result<String> {
-    serde_json::to_string(value).map_err(|e| {
-        Error::new(Status::Io, format!("the search could not be written as JSON: {e}"))
-    })
+fn json(value: &impl Serialize) -> Result<String> {
+    serde_json::to_string(value).map_err(|e| not_json(&e))
+}
+
+pub(super) fn not_json(error: &serde_json::Error) -> Error {
+    Error::new(Status::Io, format!("the search could not be written as JSON: {error}"))
 }
 
 /// Two searches that write one file would both be lost. File systems without locks go unguarded.

@@ -1,6 +1,8 @@
 //! What a search found, for people and programs.
 
 use super::Settings;
+use super::journal::not_json;
+use crate::error::Result;
 use crate::plan::Pattern;
 use serde::{Deserialize, Serialize};
 use std::cmp::Ordering;
@@ -34,6 +36,13 @@ pub struct Outcome {
     /// The trajectory's patterns by the share of layers that keep their indexer: every `n/layers` in lowest terms, and
     /// 1/2, 1/4, 1/8, rounded up to whole layers. Each pattern's Full layers are among those of any larger one.
     pub patterns: BTreeMap<Retention, PatternLoss>,
+}
+
+impl Outcome {
+    /// As one JSON object.
+    pub fn to_json(&self) -> Result<String> {
+        serde_json::to_string_pretty(self).map_err(|e| not_json(&e))
+    }
 }
 
 /// One layer turned Shared.
@@ -142,7 +151,7 @@ impl fmt::Display for Retention {
 impl FromStr for Retention {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
         let read = || {
             let (part, whole) = text.split_once('/')?;
             Self::new(part.parse().ok()?, whole.parse().ok()?)
@@ -154,7 +163,7 @@ impl FromStr for Retention {
 impl TryFrom<String> for Retention {
     type Error = String;
 
-    fn try_from(text: String) -> Result<Self, String> {
+    fn try_from(text: String) -> std::result::Result<Self, String> {
         text.parse()
     }
 }

@@ -117,6 +117,50 @@ static void plans(void) {
   F(idxc_plan_destroy)(NULL);
 }
 
+static void search(const char *program) {
+  const int64_t rows[] = {2049, 5000};
+  const int32_t pinned[] = {3};
+  const double losses[] = {1.0, 1.5, 1.25, 2.0};
+  char path[4096], json[4096];
+  size_t size = 0;
+  int told = 0;
+  idxc_search_desc desc = IDXC_SEARCH_DESC_INIT;
+  idxc_search_candidate next = IDXC_SEARCH_CANDIDATE_INIT;
+  idxc_search *run = NULL;
+  desc.layers = 4;
+  desc.topk = 2048;
+  desc.model = "a";
+  desc.calibration = "b";
+  desc.row_lengths = rows;
+  desc.row_lengths_count = 2;
+  desc.pinned = pinned;
+  desc.pinned_count = 1;
+  NEED(snprintf(path, sizeof path, "%s.jsonl", program) < (int)sizeof path);
+  remove(path);
+
+  OK(F(idxc_search_create)(&desc, &run));
+  OK(F(idxc_search_save)(run, path));
+  OK(F(idxc_search_next)(run, &next));
+  NEED(strcmp(next.pattern, "FFFF") == 0 && next.expected == 4);
+  OK(F(idxc_search_report)(run, next.pattern, losses[told++]));
+  F(idxc_search_destroy)(run);
+
+  OK(F(idxc_search_resume)(&desc, path, &run));
+  for (;;) {
+    OK(F(idxc_search_next)(run, &next));
+    if (!next.pattern) break;
+    NEED(next.evaluations == told && next.first_changed_layer > 0);
+    OK(F(idxc_search_report)(run, next.pattern, losses[told++]));
+  }
+  NEED(told == 4);
+  NEED(F(idxc_search_result)(run, json, 3, &size) == IDXC_ERR_BUFFER_TOO_SMALL && size > 3 && size < sizeof json);
+  OK(F(idxc_search_result)(run, json, sizeof json, &size));
+  NEED(strlen(json) + 1 == size && strstr(json, "FFSF") && strstr(json, "FSSF"));
+  F(idxc_search_destroy)(run);
+  F(idxc_search_destroy)(NULL);
+  remove(path);
+}
+
 int main(int argc, char **argv) {
   static float k[TOKENS * DIM], q[ROWS * HEADS * DIM], w[ROWS * HEADS], w_folded[ROWS * HEADS];
   static float logits[ROWS * 128], again[ROWS * 128], k_scale[TOKENS];
@@ -153,7 +197,6 @@ int main(int argc, char **argv) {
   if (!api) return fprintf(stderr, "%s\n", library.error), 1;
 #else
   (void)argc;
-  (void)argv;
   NEED(idxc_get_api(IDXC_ABI_VERSION) != NULL && idxc_get_api(0) == NULL && idxc_get_api(IDXC_ABI_VERSION + 1) == NULL);
 #endif
 
@@ -169,6 +212,7 @@ int main(int argc, char **argv) {
   NEED(logged > 0);
   OK(F(idxc_set_log_callback)(NULL, NULL));
   plans();
+  search(argv[0]);
 
   model.layers = 3;
   model.topk = TOPK;
