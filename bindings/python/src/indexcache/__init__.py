@@ -12,6 +12,7 @@ from ._calls import (
     Cache,
     Context,
     Plan,
+    Search,
     index_k_write,
     index_q_quantize,
     indexer_logits,
@@ -41,5 +42,6 @@ from .descriptors import (
     IndicesToSlotsDesc,
     KvWriteDesc,
     ModelDesc,
+    SearchDesc,
     TopkDesc,
 )

@@ -73,6 +73,10 @@ class Cache(Structure):
     pass
 
 
+class Search(Structure):
+    pass
+
+
 T = POINTER(Tensor)
 HEAD = [("struct_size", c_uint32), ("flags", c_uint32)]
 
@@ -231,6 +235,38 @@ class LayerInfo(Structure):
     ]
 
 
+class SearchDesc(Structure):
+    _fields_ = [
+        *HEAD,
+        ("layers", c_int32),
+        ("topk", c_int32),
+        ("model", c_char_p),
+        ("calibration", c_char_p),
+        ("row_lengths", POINTER(c_int64)),
+        ("row_lengths_count", c_size_t),
+        ("pinned", POINTER(c_int32)),
+        ("pinned_count", c_size_t),
+        ("stages", POINTER(c_int32)),
+        ("stages_count", c_size_t),
+        ("method", c_int32),
+        ("few", c_int32),
+        ("target_full_layers", c_int32),
+        ("swap_full_layers", c_int32),
+    ]
+
+
+class SearchCandidate(Structure):
+    _fields_ = [
+        *HEAD,
+        ("pattern", c_char_p),
+        ("base", c_char_p),
+        ("evaluations", c_int64),
+        ("expected", c_int64),
+        ("first_changed_layer", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
 P = POINTER
 STREAM, MEMORY = c_void_p, c_void_p
 
@@ -279,6 +315,13 @@ FUNCTIONS: List[Tuple[Any, ...]] = [
     ("idxc_sparse_attention_workspace", c_int32, P(Context), P(AttentionDesc), T, Int32, P(c_size_t)),
     ("idxc_sparse_attention", c_int32, P(Context), P(AttentionDesc), T, Int32, MEMORY, SIZE, STREAM),
     ("idxc_indices_overlap", c_int32, P(Context), T, T, T, STREAM),
+    ("idxc_search_create", c_int32, P(SearchDesc), P(P(Search))),
+    ("idxc_search_next", c_int32, P(Search), P(SearchCandidate)),
+    ("idxc_search_report", c_int32, P(Search), c_char_p, c_double),
+    ("idxc_search_save", c_int32, P(Search), c_char_p),
+    ("idxc_search_resume", c_int32, P(SearchDesc), c_char_p, P(P(Search))),
+    ("idxc_search_result", c_int32, P(Search), c_char_p, SIZE, P(c_size_t)),
+    ("idxc_search_destroy", None, P(Search)),
 ]
 
 

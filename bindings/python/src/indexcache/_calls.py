@@ -1,10 +1,12 @@
 """One function or method per C function: descriptors in, out-parameters returned, errors raised."""
 
 import ctypes
+import json as _json
+import os
 import threading
-from ctypes import POINTER, byref, c_char_p, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_double, c_int64, c_size_t, c_void_p
 from types import SimpleNamespace
-from typing import Any, Callable, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Optional, Sequence, Union
 
 import numpy as np
 
@@ -22,7 +24,10 @@ from .descriptors import (
     IndicesToSlotsDesc,
     KvWriteDesc,
     ModelDesc,
+    SearchDesc,
     TopkDesc,
+    text,
+    typed,
 )
 
 Stream = Optional[int]
@@ -79,27 +84,22 @@ class _Owner:
         self._handle = None
 
 
-def _typed(value: Any, kind: type, name: str) -> Any:
-    if not isinstance(value, kind):
-        raise TypeError(f"{name}: expected {kind.__name__}, got {type(value).__name__}")
-    return value
-
-
 def _desc(value: Any, kind: type, borrow: Borrow) -> Any:
-    return _typed(value, kind, "desc")._c(borrow)
-
-
-def _text(value: str, name: str) -> bytes:
-    data = _typed(value, str, name).encode()
-    if b"\0" in data:
-        raise ValueError(f"{name}: expected text without NUL")
-    return data
+    return typed(value, kind, "desc")._c(borrow)
 
 
 def _size(query: Callable[[Any], int]) -> int:
     size = c_size_t()
     check(query(byref(size)))
     return size.value
+
+
+def _out_text(call: Callable[[Any, int, Any], int]) -> str:
+    """Text of a call that takes buffer, capacity and size."""
+    n = _size(lambda size: call(None, 0, size))
+    buffer = ctypes.create_string_buffer(n)
+    _size(lambda size: call(buffer, n, size))
+    return buffer.value.decode()
 
 
 def _info(struct: Any, get: Callable[[Any], int]) -> SimpleNamespace:
@@ -157,14 +157,14 @@ class Plan(_Owner):
     @classmethod
     def from_pattern(cls, model: ModelDesc, pattern: str) -> "Plan":
         """From ``index_topk_pattern``: one ``F``, ``S`` or ``-`` a decoder layer."""
-        m, text = _desc(model, ModelDesc, Borrow()), _text(pattern, "pattern")
-        return cls._make(lambda out: lib().idxc_plan_from_pattern(byref(m), text, out))
+        m, letters = _desc(model, ModelDesc, Borrow()), text(pattern, "pattern")
+        return cls._make(lambda out: lib().idxc_plan_from_pattern(byref(m), letters, out))
 
     @classmethod
     def from_indexer_types(cls, model: ModelDesc, types: Sequence[str]) -> "Plan":
         """From ``indexer_types``: ``"full"`` or ``"shared"``, one a decoder layer."""
         m, n = _desc(model, ModelDesc, Borrow()), len(types)
-        c = (c_char_p * n)(*(_text(t, "types") for t in types))
+        c = (c_char_p * n)(*(text(t, "types") for t in types))
         return cls._make(lambda out: lib().idxc_plan_from_indexer_types(byref(m), c, n, out))
 
     @classmethod
@@ -184,7 +184,7 @@ class Plan(_Owner):
     @classmethod
     def from_hf_config(cls, json: Union[str, bytes]) -> "Plan":
         """From the text of a Hugging Face ``config.json``."""
-        data = json.encode() if isinstance(json, str) else _typed(json, bytes, "json")
+        data = json.encode() if isinstance(json, str) else typed(json, bytes, "json")
         return cls._make(lambda out: lib().idxc_plan_from_hf_config(data, len(data), out))
 
     def slice(self, first: int, end: int, flags: int = 0) -> "Plan":
@@ -209,10 +209,7 @@ class Plan(_Owner):
     def export(self, format: int, dialect: int = 0) -> str:
         """The plan as ``EXPORT_…`` text; ``dialect`` (``DIALECT_…``) counts for ``EXPORT_FREQ`` only."""
         api = lib()
-        n = _size(lambda out: api.idxc_plan_export(self._handle, format, dialect, None, 0, out))
-        text = ctypes.create_string_buffer(n)
-        _size(lambda out: api.idxc_plan_export(self._handle, format, dialect, text, n, out))
-        return text.value.decode()
+        return _out_text(lambda *out: api.idxc_plan_export(self._handle, format, dialect, *out))
 
 
 class Cache(_Owner):
@@ -220,7 +217,7 @@ class Cache(_Owner):
 
     def __init__(self, context: Context, plan: Plan, desc: CacheDesc):
         borrow, api = Borrow(), lib()
-        context, plan = _typed(context, Context, "context"), _typed(plan, Plan, "plan")
+        context, plan = typed(context, Context, "context"), typed(plan, Plan, "plan")
         c = _desc(desc, CacheDesc, borrow)
         self._handle = _Handle(
             _abi.Cache,
@@ -235,7 +232,7 @@ class Cache(_Owner):
     def size(plan: Plan, desc: CacheDesc) -> int:
         """Bytes that a cache of this size holds."""
         c = _desc(desc, CacheDesc, Borrow())
-        plan = _typed(plan, Plan, "plan")
+        plan = typed(plan, Plan, "plan")
         return _size(lambda out: lib().idxc_cache_size(plan._handle, byref(c), out))
 
     def step_begin(self, lane: int, rows: int, step_id: int) -> None:
@@ -347,8 +344,61 @@ class Cache(_Owner):
         return view(t, handle, read_only)
 
 
+class Search(_Owner):
+    """A search for the layers that keep their indexer, and its journal. Calls from several threads take turns.
+
+    ::
+
+        search = ix.Search.resume(desc, path) if os.path.exists(path) else ix.Search(desc)
+        search.save(path)
+        while (candidate := search.next()) is not None:
+            search.report(candidate.pattern, mean_loss(candidate.pattern))
+        quarter = search.result()["patterns"]["1/4"]["pattern"]
+    """
+
+    def __init__(self, desc: SearchDesc):
+        self._begin(desc, lambda c, out: lib().idxc_search_create(c, out))
+
+    @classmethod
+    def resume(cls, desc: SearchDesc, path: Union[str, "os.PathLike[str]"]) -> "Search":
+        """Goes on with the search whose journal ``path`` is. ``desc`` must be what it began with."""
+        self, place = cls.__new__(cls), text(os.fspath(path), "path")
+        self._begin(desc, lambda c, out: lib().idxc_search_resume(c, place, out))
+        return self
+
+    def _begin(self, desc: SearchDesc, create: Callable[[Any, Any], int]) -> None:
+        c = _desc(desc, SearchDesc, Borrow())
+        self._handle = _Handle(_abi.Search, lambda out: create(byref(c), out), lib().idxc_search_destroy)
+        self._lock = threading.Lock()
+
+    def next(self) -> Optional[SimpleNamespace]:
+        """What to measure: ``pattern, base, first_changed_layer, evaluations, expected``; the same until its loss is
+        reported. None when the search is complete."""
+        with self._lock:
+            candidate = _info(_abi.SearchCandidate, lambda out: lib().idxc_search_next(self._handle, out))
+        return candidate if candidate.pattern is not None else None
+
+    def report(self, pattern: str, loss: float) -> None:
+        """Takes the loss of the pattern that ``next`` gave: its mean over all calibration rows. On the disk when this
+        returns, if there is a journal."""
+        letters, value = text(pattern, "pattern"), c_double(loss)
+        with self._lock:
+            check(lib().idxc_search_report(self._handle, letters, value))
+
+    def save(self, path: Union[str, "os.PathLike[str]"]) -> None:
+        """Makes the new file ``path`` the search's journal; does nothing if it is that already."""
+        place = text(os.fspath(path), "path")
+        with self._lock:
+            check(lib().idxc_search_save(self._handle, place))
+
+    def result(self) -> Dict[str, Any]:
+        """What the search has found so far."""
+        with self._lock:
+            return _json.loads(_out_text(lambda *out: lib().idxc_search_result(self._handle, *out)))
+
+
 def _context(context: Context) -> Optional[_Handle]:
-    return _typed(context, Context, "context")._handle
+    return typed(context, Context, "context")._handle
 
 
 def _op(function: str, context: Context, kind: type, desc: Any, stream: Stream, **written: Tensor) -> None:

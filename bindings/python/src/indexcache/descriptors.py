@@ -2,11 +2,27 @@
 
 import ctypes
 from dataclasses import dataclass, fields
-from typing import ClassVar, FrozenSet, Optional
+from typing import Any, ClassVar, FrozenSet, Optional, Sequence
 
 from . import _abi
 from ._tensor import Borrow, Tensor
-from .constants import BACKEND_AUTO
+from .constants import BACKEND_AUTO, SEARCH_GREEDY
+
+# The elements of lists of numbers, by the C type of their field. A count follows in the C struct.
+_ELEMENTS = {ctypes.POINTER(t): t for t in (ctypes.c_int32, ctypes.c_int64)}
+
+
+def typed(value: Any, kind: type, name: str) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {kind.__name__}, got {type(value).__name__}")
+    return value
+
+
+def text(value: str, name: str) -> bytes:
+    data = typed(value, str, name).encode()
+    if b"\0" in data:
+        raise ValueError(f"{name}: expected text without NUL")
+    return data
 
 
 @dataclass
@@ -22,6 +38,12 @@ class _Desc:
             value, ctype = getattr(self, f.name), types[f.name]
             if ctype is _abi.T:
                 value = borrow(f.name, value, f.name in self._written)
+            elif ctype is ctypes.c_char_p:
+                value = text(value, f.name)
+            elif ctype in _ELEMENTS:
+                element = _ELEMENTS[ctype]
+                value = (element * len(value))(*(_abi.CHECKED[element].from_param(v) for v in value))
+                setattr(c, f.name + "_count", len(value))
             elif ctype is not ctypes.c_float:
                 value = _abi.CHECKED[ctype].from_param(value)
             setattr(c, f.name, value)
@@ -207,3 +229,31 @@ class KvWriteDesc(_Desc):
     pages: Tensor
     flags: int = 0
     _written = frozenset({"pages"})
+
+
+@dataclass
+class SearchDesc(_Desc):
+    """What to search, for which model, on which calibration set. Layers are those that have an indexer."""
+
+    #: Layers of a pattern.
+    layers: int
+    #: Tokens that an indexer selects for a row.
+    topk: int
+    #: The host's name for exactly this model, such as a hash of its weights.
+    model: str
+    #: The host's name for exactly the calibration rows, such as a hash of their tokens.
+    calibration: str
+    #: Tokens of each calibration row, all more than ``topk``.
+    row_lengths: Sequence[int]
+    #: Layers that stay Full, ascending. Layer 0 and the first layer of each stage always do.
+    pinned: Sequence[int] = ()
+    #: First layer of each pipeline stage, ascending.
+    stages: Sequence[int] = ()
+    #: ``SEARCH_GREEDY``, or ``SEARCH_LAZY`` with ``few`` flips a step.
+    method: int = SEARCH_GREEDY
+    few: int = 0
+    #: Full layers to stop at; 0: when only pinned layers are Full.
+    target_full_layers: int = 0
+    #: Full layers of the pattern to refine by exchanges after the last step; 0: none.
+    swap_full_layers: int = 0
+    flags: int = 0
