@@ -4,7 +4,7 @@ import ctypes
 import json as _json
 import os
 import threading
-from ctypes import POINTER, byref, c_char_p, c_double, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_double, c_int64, c_size_t
 from types import SimpleNamespace
 from typing import Any, Callable, Dict, Optional, Sequence, Union
 
