@@ -637,6 +637,77 @@ fn a_journal_moves_with_the_next_save() {
     assert!(Search::resume(&two, &spec(3)).unwrap().next().is_none());
 }
 
+/// Somebody else's file in the place of the journal is not the journal.
+#[test]
+fn a_journal_that_was_moved_away() {
+    let path = journal("moved");
+    let mut search = Search::new(&spec(3)).unwrap();
+    search.save(&path).unwrap();
+    fs::rename(&path, path.with_file_name("elsewhere.jsonl")).unwrap();
+    fs::write(&path, "something else").unwrap();
+    refused(search.save(&path), "path", "which exists");
+    fs::remove_file(&path).unwrap();
+    search.save(&path).unwrap();
+    drop(search);
+    assert_eq!(Search::resume(&path, &spec(3)).unwrap().progress().evaluations, 0);
+}
+
+#[test]
+fn fingerprints_are_any_text() {
+    let path = journal("text");
+    let odd = Spec { model: "two\nlines, \"quotes\" and \u{e9}".into(), ..spec(3) };
+    let mut search = Search::new(&odd).unwrap();
+    search.save(&path).unwrap();
+    drive(&mut search, &Loss::trap(4));
+    let want = search.result();
+    drop(search);
+    assert_eq!(Search::resume(&path, &odd).unwrap().result(), want);
+}
+
+/// By the system calls of a process of its own: every loss, and the new file's name, are flushed before the next loss.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_report_returns_when_the_loss_is_on_the_disk() {
+    const CHILD: &str = "INDEXCACHE_TEST_FLUSH";
+    if let Some(path) = std::env::var_os(CHILD) {
+        let mut search = Search::new(&spec(3)).unwrap();
+        search.save(path).unwrap();
+        drive(&mut search, &Loss::trap(4));
+        return;
+    }
+    if !common::has("strace") {
+        return common::skip("what a report flushes: no strace");
+    }
+    let path = journal("flush");
+    let log = path.with_file_name("calls");
+    let output = std::process::Command::new("strace")
+        .args(["-f", "-e", "trace=openat,write,fsync,fdatasync", "-o"])
+        .arg(&log)
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "a_report_returns_when_the_loss_is_on_the_disk"])
+        .env(CHILD, &path)
+        .output()
+        .unwrap();
+    if !String::from_utf8_lossy(&output.stdout).contains("running 1 test") {
+        return common::skip("what a report flushes: strace may not trace");
+    }
+    assert!(output.status.success());
+    let log = fs::read_to_string(log).unwrap();
+    let (_, calls) = log.split_once("search.jsonl").unwrap();
+    let calls: Vec<&str> = calls
+        .lines()
+        .filter_map(|line| {
+            ["indexcache-search", "pattern", "fdatasync", "fsync"]
+                .into_iter()
+                .find(|call| line.contains(call))
+        })
+        .collect();
+    let loss = ["pattern", "fdatasync"];
+    let want =
+        [["indexcache-search", "fdatasync"].as_slice(), &["fsync"], &loss, &loss, &loss, &loss];
+    assert_eq!(calls, want.concat());
+}
+
 #[test]
 fn two_searches_do_not_share_a_journal() {
     let path = journal("shared");

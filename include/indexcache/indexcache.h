@@ -963,7 +963,7 @@ typedef struct idxc_search_desc {
    */
   int32_t layers;
   /**
-   * Tokens that an indexer selects for a row.
+   * Tokens that an indexer selects for a row, also where it selects them in blocks.
    */
   int32_t topk;
   /**
@@ -1810,7 +1810,7 @@ idxc_status idxc_search_report(struct idxc_search *search,
 /**
  * Makes the new file `path` the search's journal: it receives all losses reported so far, and each later one before
  * `idxc_search_report` returns, so the process may be killed at any moment. Does nothing if `path` is the search's
- * journal already. The file is kept locked while the search has it.
+ * journal already. The file is locked as long as this process, or one forked from it, has the search.
  *
  * - Ownership: `path` (UTF-8) is the caller's; the file is the search's until `idxc_search_destroy`.
  * - Threads: the search's.
@@ -1852,7 +1852,7 @@ idxc_status idxc_search_resume(const struct idxc_search_desc *desc,
  * - Ownership: `buffer` is the caller's.
  * - Threads: the search's.
  * - Stream: none.
- * - Graph capture: not allowed; allocates.
+ * - Graph capture: allowed; host only.
  * - Errors: `IDXC_ERR_INVALID`, `IDXC_ERR_BUFFER_TOO_SMALL` (`*size` is set).
  */
 idxc_status idxc_search_result(const struct idxc_search *search,

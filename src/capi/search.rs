@@ -48,7 +48,7 @@ pub struct idxc_search_desc {
     pub flags: u32,
     /// Layers of a pattern, 2 to 4096.
     pub layers: i32,
-    /// Tokens that an indexer selects for a row.
+    /// Tokens that an indexer selects for a row, also where it selects them in blocks.
     pub topk: i32,
     /// UTF-8, not empty: the host's name for exactly this model, such as a hash of its weights. A search does not resume
     /// under another name.
@@ -285,7 +285,7 @@ pub unsafe extern "C" fn idxc_search_report(
 
 /// Makes the new file `path` the search's journal: it receives all losses reported so far, and each later one before
 /// `idxc_search_report` returns, so the process may be killed at any moment. Does nothing if `path` is the search's
-/// journal already. The file is kept locked while the search has it.
+/// journal already. The file is locked as long as this process, or one forked from it, has the search.
 ///
 /// - Ownership: `path` (UTF-8) is the caller's; the file is the search's until `idxc_search_destroy`.
 /// - Threads: the search's.
@@ -352,7 +352,7 @@ pub unsafe extern "C" fn idxc_search_resume(
 /// - Ownership: `buffer` is the caller's.
 /// - Threads: the search's.
 /// - Stream: none.
-/// - Graph capture: not allowed; allocates.
+/// - Graph capture: allowed; host only.
 /// - Errors: `IDXC_ERR_INVALID`, `IDXC_ERR_BUFFER_TOO_SMALL` (`*size` is set).
 ///
 /// # Safety

@@ -11,8 +11,9 @@ use crate::plan::Pattern;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::fmt::Display;
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, Metadata, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 const FORMAT: &str = "indexcache-search-journal/1";
@@ -149,7 +150,9 @@ impl Journal {
 
     /// Whether `path` is this file.
     pub fn is_at(&self, path: &Path) -> bool {
-        path.canonicalize().is_ok_and(|path| path == self.path)
+        let id = |m: Metadata| (m.dev(), m.ino());
+        let ids = (std::fs::metadata(path).map(id), self.file.metadata().map(id));
+        matches!(ids, (Ok(there), Ok(here)) if there == here)
     }
 
     /// Writes behind the whole lines, over whatever is there.
@@ -169,12 +172,15 @@ impl Journal {
         Ok(())
     }
 
-    /// A new file is only safe once its name is.
+    /// A new file is only safe once its name is. Some network file systems see to that themselves and refuse to be told.
     fn sync_directory(&self) -> Result<()> {
         let directory = self.path.parent().unwrap_or(&self.path);
-        File::open(directory)
-            .and_then(|directory| directory.sync_all())
-            .map_err(|e| cannot("be written", directory, e))
+        match File::open(directory).and_then(|directory| directory.sync_all()) {
+            Err(e) if !matches!(e.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported) => {
+                Err(cannot("be written", directory, e))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// An error about line `number`, counted from 1.

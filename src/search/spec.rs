@@ -13,7 +13,7 @@ use std::ops::Range;
 pub struct Spec {
     /// Decoder layers that have an indexer, 2 or more.
     pub layers: u32,
-    /// Tokens that an indexer selects for a row.
+    /// Tokens that an indexer selects for a row, also where it selects them in blocks.
     pub topk: u32,
     /// The host's name for exactly this model: a hash of its weights, say. Losses of one model mean nothing to another.
     pub model: String,
