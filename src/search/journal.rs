@@ -115,10 +115,10 @@ impl Journal {
             number += 1;
             let read = serde_json::from_slice::<Entry>(bytes);
             let Entry { pattern, loss } =
-                read.map_err(|_| journal.damaged(number, "a pattern and its loss"))?;
+                read.map_err(|_| journal.damaged(number, "a pattern, its loss and its check"))?;
             let (want, after) = line(journal.check, &pattern, loss)?;
             if want.as_bytes() != bytes {
-                return Err(journal.damaged(number, "its own check"));
+                return Err(journal.damaged(number, "a loss that matches its check"));
             }
             journal.check = after;
             known.push((pattern, loss));
