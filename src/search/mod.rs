@@ -148,8 +148,7 @@ impl Search {
         let mut search = Self::new(spec)?;
         let (mut journal, known) = Journal::open(path.as_ref(), &search.settings)?;
         for ((pattern, loss), number) in known.into_iter().zip(2..) {
-            if search.next.as_ref().is_none_or(|next| next.pattern != pattern) || !loss.is_finite()
-            {
+            if search.next.as_ref().is_none_or(|next| next.pattern != pattern) {
                 return Err(journal.damaged(number, "the loss that the search asked for"));
             }
             search.learn(pattern, loss);
