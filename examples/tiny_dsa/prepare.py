@@ -1,4 +1,4 @@
-"""Makes train.bin and heldout.txt from the Rust 1.63.0 sources.
+"""Makes train.bin, calibration.txt and heldout.txt from the Rust 1.63.0 sources.
 
 The text is Debian's package rust-src 1.63.0+dfsg1-2 (MIT or Apache-2.0):
 
@@ -22,7 +22,9 @@ SKIPPED = ("library/stdarch/", "library/core/src/unicode/", "library/core/src/nu
 LARGEST = 200_000
 HELD_OUT_FROM = ("library/alloc/src/", "library/core/src/", "library/std/src/", "src/doc/book/", "src/doc/reference/")
 HELD_OUT_SIZES = range(8_000, 64_000)
-HELD_OUT_BYTES = 2048 * 192
+CONTEXT = 2048
+HELD_OUT_BYTES = CONTEXT * 192
+CALIBRATION_SETS, CALIBRATION_ROWS = 3, 32
 # A held-out file may share at most this part of its long lines with the rest: macros and tests repeat themselves.
 MOST_SHARED = 0.08
 
@@ -33,6 +35,14 @@ def order(path):
 
 def long_lines(text):
     return [line for line in map(bytes.strip, text.split(b"\n")) if len(line) >= 40]
+
+
+def calibration_text(train):
+    """Evenly spaced rows of the training text, dealt out to the sets in turn; the rows of a set lie together."""
+    count = CALIBRATION_SETS * CALIBRATION_ROWS
+    starts = [i * (len(train) // count) for i in range(count)]
+    dealt = [start for k in range(CALIBRATION_SETS) for start in starts[k::CALIBRATION_SETS]]
+    return b"".join(train[start : start + CONTEXT] for start in dealt)
 
 
 def read_files(root):
@@ -73,7 +83,9 @@ def main():
 
     train = [name for name in sorted(files, key=order) if name not in set(held)]
     (HERE / "heldout.txt").write_bytes(b"".join(files[name] for name in held)[:HELD_OUT_BYTES])
-    (HERE / "train.bin").write_bytes(b"".join(files[name] for name in train))
+    train_text = b"".join(files[name] for name in train)
+    (HERE / "train.bin").write_bytes(train_text)
+    (HERE / "calibration.txt").write_bytes(calibration_text(train_text))
 
     train_lines = {line for name in train for line in long_lines(files[name])}
     held_lines = [line for name in held for line in long_lines(files[name])]

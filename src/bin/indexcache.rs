@@ -2,6 +2,8 @@
 
 #[path = "indexcache/plan.rs"]
 mod plan;
+#[path = "indexcache/search/mod.rs"]
+mod search;
 
 use clap::{Parser, Subcommand};
 use std::io::{self, Write};
@@ -20,6 +22,8 @@ enum Command {
     /// Which layers select and which reuse, as a model's config or a pattern says.
     #[command(subcommand)]
     Plan(plan::Command),
+    /// Find out by loss, on a small model, which layers can reuse the indices of another.
+    Search(search::Args),
 }
 
 /// Why a command did not do its work.
@@ -45,6 +49,7 @@ struct Output {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Plan(command) => plan::run(&command),
+        Command::Search(args) => search::run(&args),
     };
     let (output, status) = match result {
         Ok(output) => (output, 0),
