@@ -259,4 +259,24 @@ impl Context {
             Backend::Cuda(cuda) => cuda.sparse_attention(op, stream),
         }
     }
+
+    /// Bytes of workspace that [`Context::distill`] needs for these shapes or smaller ones.
+    pub fn distill_workspace(&self, op: &Distill<'_>) -> Result<usize> {
+        match &self.backend {
+            Backend::Cpu(cpu) => Ok(op.workspace(cpu.threads())),
+            Backend::Cuda(_) => Err(distill_on_cuda()),
+        }
+    }
+
+    /// A distillation loss and its gradients.
+    pub fn distill(&self, op: &Distill<'_>, workspace: Workspace<'_>) -> Result<()> {
+        match &self.backend {
+            Backend::Cpu(cpu) => cpu.distill(op, workspace.host()?),
+            Backend::Cuda(_) => Err(distill_on_cuda()),
+        }
+    }
+}
+
+fn distill_on_cuda() -> Error {
+    Error::new(Status::Unsupported, "context: expected the CPU backend for distillation, got CUDA")
 }

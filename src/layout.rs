@@ -19,7 +19,7 @@ macro_rules! plain { ($($t:ty),*) => { $(
     // SAFETY: plain numbers.
     unsafe impl Plain for $t {}
 )* } }
-plain!(u8, i32, u32, i64, u64, f32);
+plain!(u8, i32, u32, i64, u64, f32, f64);
 
 /// Scratch that a caller lends for one call.
 #[derive(Debug)]

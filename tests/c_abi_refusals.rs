@@ -276,6 +276,16 @@ fn world() -> World {
     let stateless = desc::<idxc_attention_desc>(attention);
     let (overlap_b, overlap) = (i32s(&[-1; ROWS * TOPK], &[ROWS, TOPK]), f32s(&[ROWS]));
     let exported = i32s(&[0; ROWS * TOPK], &[ROWS, TOPK]);
+    let distill = desc::<idxc_distill_desc>(|d| {
+        (d.q, d.k, d.weights) =
+            (f32s(&[ROWS, HEADS, DIM]), f32s(&[TOKENS, DIM]), f32s(&[ROWS, HEADS]));
+        (d.row_start, d.row_end) = (i32s(&[0; ROWS], &[ROWS]), row_end);
+        d.indices = i32s(&[0; ROWS * TOPK], &[ROWS, TOPK]);
+        (d.attention_q, d.kv) = (f32s(&[ROWS, HEADS, D]), f32s(&[TOKENS, D]));
+        (d.lse, d.loss) = (f32s(&[ROWS, HEADS]), f32s(&[1]));
+        (d.grad_q, d.grad_k) = (f32s(&[ROWS, HEADS, DIM]), f32s(&[TOKENS, DIM]));
+        (d.grad_weights, d.softmax_scale, d.layer_weight) = (f32s(&[ROWS, HEADS]), 1.0, 1.0);
+    });
 
     let size = keep(0usize);
     let workspace_size = 1 << 22;
@@ -387,6 +397,9 @@ fn world() -> World {
         call!(idxc_search_result(search: Required = search, buffer: Bytes = result, capacity: Int = 4096,
             size: Required = size)),
         call!(idxc_search_destroy(search: Any = dead_search)),
+        call!(idxc_distill_workspace(context: Required = context, desc: Required = distill, size: Required = size)),
+        call!(idxc_distill(context: Required = context, desc: Required = distill, workspace: Bytes = workspace,
+            workspace_size: Int = workspace_size, stream: Any = stream)),
     ];
     // A search keeps its journal to itself: the one that was made goes before the next call.
     let resume = calls.iter_mut().find(|c| c.name == "idxc_search_resume").unwrap();
@@ -422,6 +435,10 @@ fn world() -> World {
         row_topk false, sink false, out true, lse false);
     fields!(["idxc_sparse_attention", "idxc_sparse_attention_workspace"], stateless, q true, kv true,
         block_table false, row_request false, row_topk false, sink false, out true, lse false);
+
+    fields!(["idxc_distill", "idxc_distill_workspace"], distill, q true, k true, weights true, row_start false,
+        row_end false, indices false, attention_q true, kv true, lse true, loss true, grad_q false, grad_k false,
+        grad_weights false);
 
     let mut tensors: Vec<_> =
         fields.iter().map(|&(f, name, field, _)| (f, name, unsafe { *field }.cast_mut())).collect();

@@ -96,7 +96,29 @@ fn shapes_are_enough() {
         row_end: null(),
         indices: &indices.tensor,
     };
-    let mut bytes = [usize::MAX; 5];
+    let [tq, tk, tw] = [f32s(&[32, 8, 128]), f32s(&[1000, 128]), f32s(&[32, 8])];
+    let (target, loss) = (f32s(&[32, 1000]), f32s(&[1]));
+    let distill = idxc_distill_desc {
+        struct_size: 128,
+        flags: 0,
+        q: &tq.tensor,
+        k: &tk.tensor,
+        weights: &tw.tensor,
+        row_start: null(),
+        row_end: null(),
+        indices: null(),
+        target: &target.tensor,
+        attention_q: null(),
+        kv: null(),
+        lse: null(),
+        loss: &loss.tensor,
+        grad_q: &tq.tensor,
+        grad_k: &tk.tensor,
+        grad_weights: &tw.tensor,
+        softmax_scale: 0.0,
+        layer_weight: 1.0,
+    };
+    let mut bytes = [usize::MAX; 6];
     // SAFETY: everything lives until the end of the block.
     unsafe {
         assert_eq!(idxc_context_create(null(), &mut context), IDXC_OK, "{}", text());
@@ -117,6 +139,7 @@ fn shapes_are_enough() {
         assert_eq!(idxc_attend_workspace(cache, &attention, &mut bytes[3]), IDXC_OK, "{}", text());
         assert_eq!(bytes[1], bytes[3]);
         assert_eq!(idxc_topk_workspace(context, &topk, &mut bytes[4]), IDXC_OK, "{}", text());
+        assert_eq!(idxc_distill_workspace(context, &distill, &mut bytes[5]), IDXC_OK, "{}", text());
         assert!(bytes.iter().all(|&b| b != usize::MAX), "{bytes:?}");
 
         // A call, unlike a query, needs the memory.

@@ -944,6 +944,90 @@ typedef struct idxc_kv_write_desc {
 } idxc_kv_write_desc;
 
 /**
+ * Arguments of `idxc_distill`.
+ */
+typedef struct idxc_distill_desc {
+  /**
+   * `sizeof(idxc_distill_desc)`, set by `IDXC_DISTILL_DESC_INIT`.
+   */
+  uint32_t struct_size;
+  /**
+   * 0.
+   */
+  uint32_t flags;
+  /**
+   * bfloat16 or float32 `[rows, heads, dim]`: queries of the Full layer's indexer, as trained, not quantised.
+   */
+  const struct idxc_tensor *q;
+  /**
+   * bfloat16 or float32 `[keys, dim]`: its keys.
+   */
+  const struct idxc_tensor *k;
+  /**
+   * float32 `[rows, heads]`: its head weights, with every scale folded in (`dim^-0.5 * heads^-0.5`).
+   */
+  const struct idxc_tensor *weights;
+  /**
+   * int32 `[rows]`: first key that the row sees; positions count from it. NULL: 0.
+   */
+  const struct idxc_tensor *row_start;
+  /**
+   * int32 `[rows]`: one past the last key that the row sees. NULL: all keys. A row that sees nothing takes no part
+   * and nothing of it is read.
+   */
+  const struct idxc_tensor *row_end;
+  /**
+   * int32 `[rows, topk]`, positions in any order: the loss restricted to them. -1 is skipped, a row of nothing else
+   * takes no part, and a position that is there twice counts twice. NULL: the dense loss, over all that a row sees.
+   */
+  const struct idxc_tensor *indices;
+  /**
+   * float32 `[rows, columns]` by position, or `[rows, topk]` beside `indices`: what the served layer attends to,
+   * summed over its heads. Not negative, and not 0 for all that a row sees; normalised inside. NULL: computed from
+   * the next three.
+   */
+  const struct idxc_tensor *target;
+  /**
+   * bfloat16 or float32 `[rows, attention_heads, d_qk]`: queries of the served layer. NULL with `target`.
+   */
+  const struct idxc_tensor *attention_q;
+  /**
+   * bfloat16 or float32 `[keys, d_qk]`: its KV rows. NULL with `target`.
+   */
+  const struct idxc_tensor *kv;
+  /**
+   * float32 `[rows, attention_heads]`: natural-log sum of exponentials of its scaled scores, as
+   * `idxc_sparse_attention` gives it. NULL with `target`.
+   */
+  const struct idxc_tensor *lse;
+  /**
+   * float32 `[1]`, added to.
+   */
+  const struct idxc_tensor *loss;
+  /**
+   * float32 `[rows, heads, dim]`, added to. NULL: not wanted.
+   */
+  const struct idxc_tensor *grad_q;
+  /**
+   * float32 `[keys, dim]`, added to. NULL: not wanted.
+   */
+  const struct idxc_tensor *grad_k;
+  /**
+   * float32 `[rows, heads]`, added to. NULL: not wanted.
+   */
+  const struct idxc_tensor *grad_weights;
+  /**
+   * Multiplies `attention_q·kv`. Finite and positive; unused with `target`.
+   */
+  float softmax_scale;
+  /**
+   * The served layer's share of the loss: `1 / (m + 1)` for a Full layer and the `m` Shared ones that it serves.
+   * Finite and positive.
+   */
+  float layer_weight;
+} idxc_distill_desc;
+
+/**
  * What to search, for which model, on which calibration set.
  *
  * Layers are the decoder layers that have an indexer, numbered from 0: where a model has others between them, patterns
@@ -1766,6 +1850,48 @@ idxc_status idxc_indices_overlap(const struct idxc_context *context,
                                  void *stream);
 
 /**
+ * Bytes of workspace that `idxc_distill` needs for these shapes, or for smaller ones. They do not grow with the number
+ * of keys. Data pointers may be NULL.
+ *
+ * - Ownership: everything stays the caller's.
+ * - Threads: any.
+ * - Stream: none.
+ * - Graph capture: allowed; host only.
+ * - Errors: `IDXC_ERR_INVALID` (argument named), `IDXC_ERR_UNSUPPORTED` (a CUDA context).
+ */
+idxc_status idxc_distill_workspace(const struct idxc_context *context,
+                                   const struct idxc_distill_desc *desc,
+                                   size_t *size);
+
+/**
+ * Training-aware IndexCache: one served layer's part of the multi-layer distillation loss of a Full layer's indexer
+ * (arXiv 2603.12201, Eq. 1), and its gradients. CPU only so far.
+ *
+ * With scores `I[t, s] = sum_h weights[t, h] * max(q[t, h]·k[s], 0)`, their softmax `Q[t] = softmax(I[t])` and the
+ * served layer's attention `P[t, s] = sum_h exp(softmax_scale * attention_q[t, h]·kv[s] - lse[t, h])`, divided by its
+ * sum, both over the positions that row `t` sees or over its `indices`, adds to `loss`
+ * `layer_weight * mean_t sum_s P[t, s] * (ln P[t, s] - ln Q[t, s])`, where `0 ln 0 = 0`. The mean is over the rows that
+ * have a position. The gradients are those of this loss by `q`, `k` and `weights`; that of `max(x, 0)` at 0 is 0.
+ *
+ * All outputs are added to. A Full layer that serves itself and `m` Shared layers is `m + 1` calls with its own `q`, `k`
+ * and `weights`, each as soon as that layer's attention is there, so memory does not grow with `m`; nor does it ever
+ * hold a number for each row and key. The same bits come out with every number of threads.
+ *
+ * - Ownership: everything stays the caller's; `workspace` is scratch during the call.
+ * - Threads: any; each call needs its own workspace and outputs.
+ * - Stream: none so far; ignored.
+ * - Graph capture: not allowed.
+ * - Errors: `IDXC_ERR_INVALID` (argument named; an index or range outside what the row sees, an input that is NaN or
+ *   infinite where a row uses it, a target below 0 or without a sum, scores that overflow; nothing was written),
+ *   `IDXC_ERR_BUFFER_TOO_SMALL` (workspace), `IDXC_ERR_UNSUPPORTED` (a CUDA context).
+ */
+idxc_status idxc_distill(const struct idxc_context *context,
+                         const struct idxc_distill_desc *desc,
+                         void *workspace,
+                         size_t workspace_size,
+                         void *stream);
+
+/**
  * Begins a search.
  *
  * - Ownership: `*out` is the caller's, for `idxc_search_destroy`. Nothing of `desc` is kept.
@@ -1927,6 +2053,9 @@ const struct idxc_api *idxc_get_api(uint32_t version);
 /** Initialiser of `idxc_kv_write_desc`: all defaults. */
 #define IDXC_KV_WRITE_DESC_INIT { sizeof(idxc_kv_write_desc), 0, NULL, NULL, NULL }
 
+/** Initialiser of `idxc_distill_desc`: all defaults. */
+#define IDXC_DISTILL_DESC_INIT { sizeof(idxc_distill_desc), 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, 0 }
+
 /** Initialiser of `idxc_search_desc`: all defaults. */
 #define IDXC_SEARCH_DESC_INIT { sizeof(idxc_search_desc), 0, 0, 0, NULL, NULL, NULL, 0, NULL, 0, NULL, 0, 0, 0, 0, 0 }
 
@@ -1989,6 +2118,8 @@ struct idxc_api {
   idxc_status (*idxc_search_resume)(const struct idxc_search_desc *desc, const char *path, struct idxc_search **out);
   idxc_status (*idxc_search_result)(const struct idxc_search *search, char *buffer, size_t capacity, size_t *size);
   void (*idxc_search_destroy)(struct idxc_search *search);
+  idxc_status (*idxc_distill_workspace)(const struct idxc_context *context, const struct idxc_distill_desc *desc, size_t *size);
+  idxc_status (*idxc_distill)(const struct idxc_context *context, const struct idxc_distill_desc *desc, void *workspace, size_t workspace_size, void *stream);
 };
 
 #ifdef __cplusplus

@@ -329,6 +329,17 @@ class Context : public Handle<idxc_context> {
                                             void* stream = nullptr) const noexcept {
     return INDEXCACHE_CALL(idxc_indices_overlap)(get(), a, b, overlap, stream);
   }
+
+  Result<std::size_t> distill_workspace(const idxc_distill_desc& desc) const noexcept {
+    std::size_t size = 0;
+    const idxc_status status = INDEXCACHE_CALL(idxc_distill_workspace)(get(), &desc, &size);
+    return {status, size};
+  }
+
+  [[nodiscard]] idxc_status distill(const idxc_distill_desc& desc, void* workspace, std::size_t workspace_size,
+                                    void* stream = nullptr) const noexcept {
+    return INDEXCACHE_CALL(idxc_distill)(get(), &desc, workspace, workspace_size, stream);
+  }
 };
 
 /// A resolved pattern and what follows from it. Immutable; any number of threads.

@@ -9,8 +9,8 @@ use super::{guard, handle, idxc_status, out_pointer};
 use crate::context::Stream;
 use crate::error::{Error, Result};
 use crate::ops::{
-    IndexForm, IndexKWriteArgs, IndexQQuantizeArgs, IndexerArgs, IndicesToSlotsArgs, KeyMapArgs,
-    KvWriteArgs, Overlap, SparseAttentionArgs, TopKArgs,
+    DistillArgs, IndexForm, IndexKWriteArgs, IndexQQuantizeArgs, IndexerArgs, IndicesToSlotsArgs,
+    KeyMapArgs, KvWriteArgs, Overlap, SparseAttentionArgs, TopKArgs,
 };
 use crate::tensor::Tensor;
 use std::ffi::c_void;
@@ -117,6 +117,59 @@ pub struct idxc_kv_write_desc {
     pub pages: *const idxc_tensor,
 }
 
+/// Arguments of `idxc_distill`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct idxc_distill_desc {
+    /// `sizeof(idxc_distill_desc)`, set by `IDXC_DISTILL_DESC_INIT`.
+    pub struct_size: u32,
+    /// 0.
+    pub flags: u32,
+    /// bfloat16 or float32 `[rows, heads, dim]`: queries of the Full layer's indexer, as trained, not quantised.
+    pub q: *const idxc_tensor,
+    /// bfloat16 or float32 `[keys, dim]`: its keys.
+    pub k: *const idxc_tensor,
+    /// float32 `[rows, heads]`: its head weights, with every scale folded in (`dim^-0.5 * heads^-0.5`).
+    pub weights: *const idxc_tensor,
+    /// int32 `[rows]`: first key that the row sees; positions count from it. NULL: 0.
+    pub row_start: *const idxc_tensor,
+    /// int32 `[rows]`: one past the last key that the row sees. NULL: all keys. A row that sees nothing takes no part
+    /// and nothing of it is read.
+    pub row_end: *const idxc_tensor,
+    /// int32 `[rows, topk]`, positions in any order: the loss restricted to them. -1 is skipped, a row of nothing else
+    /// takes no part, and a position that is there twice counts twice. NULL: the dense loss, over all that a row sees.
+    pub indices: *const idxc_tensor,
+    /// float32 `[rows, columns]` by position, or `[rows, topk]` beside `indices`: what the served layer attends to,
+    /// summed over its heads. Not negative, and not 0 for all that a row sees; normalised inside. NULL: computed from
+    /// the next three.
+    pub target: *const idxc_tensor,
+    /// bfloat16 or float32 `[rows, attention_heads, d_qk]`: queries of the served layer. NULL with `target`.
+    pub attention_q: *const idxc_tensor,
+    /// bfloat16 or float32 `[keys, d_qk]`: its KV rows. NULL with `target`.
+    pub kv: *const idxc_tensor,
+    /// float32 `[rows, attention_heads]`: natural-log sum of exponentials of its scaled scores, as
+    /// `idxc_sparse_attention` gives it. NULL with `target`.
+    pub lse: *const idxc_tensor,
+    /// float32 `[1]`, added to.
+    pub loss: *const idxc_tensor,
+    /// float32 `[rows, heads, dim]`, added to. NULL: not wanted.
+    pub grad_q: *const idxc_tensor,
+    /// float32 `[keys, dim]`, added to. NULL: not wanted.
+    pub grad_k: *const idxc_tensor,
+    /// float32 `[rows, heads]`, added to. NULL: not wanted.
+    pub grad_weights: *const idxc_tensor,
+    /// Multiplies `attention_q·kv`. Finite and positive; unused with `target`.
+    pub softmax_scale: f32,
+    /// The served layer's share of the loss: `1 / (m + 1)` for a Full layer and the `m` Shared ones that it serves.
+    /// Finite and positive.
+    pub layer_weight: f32,
+}
+
+// SAFETY: repr(C), flags at byte 4, pointers in 8-byte cells; the two numbers share the last one. NULL and 0 are the
+// defaults.
+unsafe impl Descriptor for idxc_distill_desc {
+    const NAME: &'static str = "idxc_distill_desc";
+}
 // SAFETY: repr(C), flags at byte 4, pointers in 8-byte cells; NULL is the default.
 unsafe impl Descriptor for idxc_index_k_write_desc {
     const NAME: &'static str = "idxc_index_k_write_desc";
@@ -622,5 +675,107 @@ pub unsafe extern "C" fn idxc_indices_overlap(
         // SAFETY: by this function's contract.
         let stream = unsafe { Stream::from_raw(stream) };
         context.0.overlap(&op, stream)
+    })
+}
+
+/// # Safety
+/// `desc` is NULL or valid, with valid tensors.
+unsafe fn distill_args<'a>(
+    desc: *const idxc_distill_desc,
+    access: Access,
+) -> Result<DistillArgs<'a>> {
+    // SAFETY: by this function's contract.
+    unsafe {
+        let d = descriptor(desc, "desc")?;
+        Ok(DistillArgs {
+            q: tensor(d.q, "q", access)?,
+            k: tensor(d.k, "k", access)?,
+            weights: tensor(d.weights, "weights", access)?,
+            row_start: optional_tensor(d.row_start, "row_start", access)?,
+            row_end: optional_tensor(d.row_end, "row_end", access)?,
+            indices: optional_tensor(d.indices, "indices", access)?,
+            target: optional_tensor(d.target, "target", access)?,
+            attention_q: optional_tensor(d.attention_q, "attention_q", access)?,
+            kv: optional_tensor(d.kv, "kv", access)?,
+            lse: optional_tensor(d.lse, "lse", access)?,
+            softmax_scale: d.softmax_scale,
+            layer_weight: d.layer_weight,
+            loss: tensor(d.loss, "loss", access)?,
+            grad_q: optional_tensor(d.grad_q, "grad_q", access)?,
+            grad_k: optional_tensor(d.grad_k, "grad_k", access)?,
+            grad_weights: optional_tensor(d.grad_weights, "grad_weights", access)?,
+        })
+    }
+}
+
+/// Bytes of workspace that `idxc_distill` needs for these shapes, or for smaller ones. They do not grow with the number
+/// of keys. Data pointers may be NULL.
+///
+/// - Ownership: everything stays the caller's.
+/// - Threads: any.
+/// - Stream: none.
+/// - Graph capture: allowed; host only.
+/// - Errors: `IDXC_ERR_INVALID` (argument named), `IDXC_ERR_UNSUPPORTED` (a CUDA context).
+///
+/// # Safety
+/// Pointers are NULL or valid as described.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn idxc_distill_workspace(
+    context: *const idxc_context,
+    desc: *const idxc_distill_desc,
+    size: *mut usize,
+) -> idxc_status {
+    guard("idxc_distill_workspace", || {
+        out_pointer(size, "size")?;
+        // SAFETY: by this function's contract; `size` was checked.
+        unsafe {
+            let context = handle(context, "context")?;
+            let op = distill_args(desc, Access::ShapeOnly)?.check()?;
+            size.write(context.0.distill_workspace(&op)?);
+        }
+        Ok(())
+    })
+}
+
+/// Training-aware IndexCache: one served layer's part of the multi-layer distillation loss of a Full layer's indexer
+/// (arXiv 2603.12201, Eq. 1), and its gradients. CPU only so far.
+///
+/// With scores `I[t, s] = sum_h weights[t, h] * max(q[t, h]·k[s], 0)`, their softmax `Q[t] = softmax(I[t])` and the
+/// served layer's attention `P[t, s] = sum_h exp(softmax_scale * attention_q[t, h]·kv[s] - lse[t, h])`, divided by its
+/// sum, both over the positions that row `t` sees or over its `indices`, adds to `loss`
+/// `layer_weight * mean_t sum_s P[t, s] * (ln P[t, s] - ln Q[t, s])`, where `0 ln 0 = 0`. The mean is over the rows that
+/// have a position. The gradients are those of this loss by `q`, `k` and `weights`; that of `max(x, 0)` at 0 is 0.
+///
+/// All outputs are added to. A Full layer that serves itself and `m` Shared layers is `m + 1` calls with its own `q`, `k`
+/// and `weights`, each as soon as that layer's attention is there, so memory does not grow with `m`; nor does it ever
+/// hold a number for each row and key. The same bits come out with every number of threads.
+///
+/// - Ownership: everything stays the caller's; `workspace` is scratch during the call.
+/// - Threads: any; each call needs its own workspace and outputs.
+/// - Stream: none so far; ignored.
+/// - Graph capture: not allowed.
+/// - Errors: `IDXC_ERR_INVALID` (argument named; an index or range outside what the row sees, an input that is NaN or
+///   infinite where a row uses it, a target below 0 or without a sum, scores that overflow; nothing was written),
+///   `IDXC_ERR_BUFFER_TOO_SMALL` (workspace), `IDXC_ERR_UNSUPPORTED` (a CUDA context).
+///
+/// # Safety
+/// Pointers are NULL or valid as described.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn idxc_distill(
+    context: *const idxc_context,
+    desc: *const idxc_distill_desc,
+    workspace: *mut c_void,
+    workspace_size: usize,
+    stream: *mut c_void,
+) -> idxc_status {
+    let _ = stream; // No backend with streams has it so far.
+    guard("idxc_distill", || {
+        // SAFETY: by this function's contract.
+        let (context, op, workspace) = unsafe {
+            let context = handle(context, "context")?;
+            let op = distill_args(desc, Access::Elements)?.check()?;
+            (context, op, super::workspace(&context.0, workspace, workspace_size)?)
+        };
+        context.0.distill(&op, workspace)
     })
 }

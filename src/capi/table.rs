@@ -86,6 +86,8 @@ api_table! {
     idxc_search_resume,
     idxc_search_result,
     idxc_search_destroy,
+    idxc_distill_workspace,
+    idxc_distill,
 }
 
 /// Every function of this header, by place: the only symbol that a host which loads the library with `dlopen` has to

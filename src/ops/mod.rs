@@ -4,6 +4,7 @@
 //! backend can trust, or into an error that names the argument.
 
 mod attention;
+mod distill;
 mod index_k;
 mod indexer;
 mod indices;
@@ -12,6 +13,7 @@ mod kv;
 mod topk;
 
 pub use attention::{Kv, SparseAttention, SparseAttentionArgs};
+pub use distill::{Distill, DistillArgs, Target};
 pub use index_k::{IndexKWrite, IndexKWriteArgs, IndexQQuantize, IndexQQuantizeArgs};
 pub use indexer::{Indexer, IndexerArgs, IndexerLogits, Keys, Query, Select};
 pub use indices::{IndexForm, IndicesToSlots, IndicesToSlotsArgs, Overlap};

@@ -18,6 +18,7 @@ int main(void) {
   idxc_topk_desc topk_desc = IDXC_TOPK_DESC_INIT;
   idxc_indices_to_slots_desc indices_to_slots_desc = IDXC_INDICES_TO_SLOTS_DESC_INIT;
   idxc_kv_write_desc kv_write_desc = IDXC_KV_WRITE_DESC_INIT;
+  idxc_distill_desc distill_desc = IDXC_DISTILL_DESC_INIT;
   idxc_search_desc search_desc = IDXC_SEARCH_DESC_INIT;
   idxc_search_candidate search_candidate = IDXC_SEARCH_CANDIDATE_INIT;
   idxc_context *context = IDXC_NULL;
@@ -35,6 +36,7 @@ int main(void) {
          index_q_quantize_desc.struct_size != sizeof(index_q_quantize_desc) ||
          topk_desc.struct_size != sizeof(topk_desc) || kv_write_desc.struct_size != sizeof(kv_write_desc) ||
          indices_to_slots_desc.struct_size != sizeof(indices_to_slots_desc) ||
+         distill_desc.struct_size != sizeof(distill_desc) || distill_desc.grad_weights ||
          search_desc.struct_size != sizeof(search_desc) || search_candidate.struct_size != sizeof(search_candidate) ||
          idxc_get_api(IDXC_ABI_VERSION)->struct_size != sizeof(idxc_api);
 }

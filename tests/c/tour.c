@@ -161,6 +161,37 @@ static void search(const char *program) {
   remove(path);
 }
 
+/* One row that sees two keys: scores 1 and 0, so Q = (e, 1) / (e + 1), and a target of (1, 3) / 4. */
+static void distill(idxc_context *context) {
+  float q[1] = {1.0f}, k[2] = {1.0f, -1.0f}, w[1] = {1.0f}, target[2] = {1.0f, 3.0f};
+  float loss[1] = {100.0f}, grad_q[1] = {0.0f}, grad_k[2] = {0.0f, 0.0f}, grad_w[1] = {1.0f};
+  const double first = 1.0 / (1.0 + exp(-1.0));
+  const double want = 0.25 * log(0.25 / first) + 0.75 * log(0.75 / (1.0 - first));
+  idxc_tensor t_q = F32(q, 3, 1, 1, 1), t_k = F32(k, 2, 2, 1, 0), t_w = F32(w, 2, 1, 1, 0);
+  idxc_tensor t_target = F32(target, 2, 1, 2, 0), t_loss = F32(loss, 1, 1, 0, 0);
+  idxc_tensor t_grad_q = F32(grad_q, 3, 1, 1, 1), t_grad_k = F32(grad_k, 2, 2, 1, 0), t_grad_w = F32(grad_w, 2, 1, 1, 0);
+  idxc_distill_desc desc = IDXC_DISTILL_DESC_INIT;
+  size_t size = 0;
+  void *workspace;
+  desc.q = &t_q;
+  desc.k = &t_k;
+  desc.weights = &t_w;
+  desc.target = &t_target;
+  desc.loss = &t_loss;
+  desc.grad_q = &t_grad_q;
+  desc.grad_k = &t_grad_k;
+  desc.grad_weights = &t_grad_w;
+  desc.layer_weight = 0.5f;
+  OK(F(idxc_distill_workspace)(context, &desc, &size));
+  workspace = malloc(size);
+  NEED(F(idxc_distill)(context, &desc, workspace, size - 1, NULL) == IDXC_ERR_BUFFER_TOO_SMALL);
+  OK(F(idxc_distill)(context, &desc, workspace, size, NULL));
+  free(workspace);
+  NEED(fabs(loss[0] - 100.0 - 0.5 * want) <= 1e-5);
+  NEED(fabs(grad_q[0] - 0.5 * (first - 0.25)) <= 1e-6);
+  NEED(grad_k[0] == grad_q[0] && grad_k[1] == 0.0f && fabsf(grad_w[0] - 1.0f - grad_q[0]) <= 1e-6f);
+}
+
 int main(int argc, char **argv) {
   static float k[TOKENS * DIM], q[ROWS * HEADS * DIM], w[ROWS * HEADS], w_folded[ROWS * HEADS];
   static float logits[ROWS * 128], again[ROWS * 128], k_scale[TOKENS];
@@ -364,6 +395,7 @@ int main(int argc, char **argv) {
   for (i = 0; i < 2; ++i) NEED(memcmp(carried + i * TOPK, picked + carry[i] * TOPK, sizeof(int32_t) * TOPK) == 0);
 
   free(workspace);
+  distill(context);
   F(idxc_context_destroy)(context); /* before its cache: allowed */
   F(idxc_cache_destroy)(cache);
   F(idxc_cache_destroy)(NULL);

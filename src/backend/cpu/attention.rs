@@ -6,19 +6,15 @@
 //! of the indices. 4 heads x 4 keys (or x 64 value dimensions) of sums stay in registers. A head's arithmetic does
 //! not depend on its group, so the cut follows the threads without changing bits.
 //! Roofline: `2 * heads * (d_qk + d_v)` flop a token against the f32 FMA rate; the gather is `1 / heads` of that.
-// Register blocks: one index runs over several arrays.
-#![allow(clippy::needless_range_loop)]
-
 use super::Cpu;
 use super::quant::put;
 use super::simd::{Kernel, Simd};
+use super::tile::{KEYS, Scores, Values};
 use crate::error::Result;
 use crate::layout::{self, Bump};
 use crate::ops::{Floats, Kv, SparseAttention};
 use std::ops::Range;
 
-/// KV rows a tile.
-const KEYS: usize = 32;
 /// Most heads a task.
 const GROUP: usize = 64;
 
@@ -107,7 +103,7 @@ impl Kernel for Attend<'_> {
     /// Scratch as [`lay`] makes it; no other reference to these heads' outputs.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Attend { op, row, heads, mut w } = self;
+        let Attend { op, row, heads, w } = self;
         let (count, stride) = (heads.len(), w.stride);
         for (i, h) in heads.clone().enumerate() {
             let q = &mut w.q[i * stride..][..stride];
@@ -147,12 +143,14 @@ impl Kernel for Attend<'_> {
             // SAFETY: sizes as `lay` made them; rows of the tile past `n` hold some floats, whose scores are
             // overwritten by `soften`.
             unsafe {
-                w.scores::<S>(count, n, op.d_qk);
+                let d = op.d_qk;
+                Scores { q: w.q, tile: w.tile, p: w.p, stride }.run::<S>(count, n, d);
                 for h in 0..count {
                     let p = &mut w.p[h * KEYS..][..KEYS];
                     fade[h] = soften::<S>(p, n, op.softmax_scale, &mut max[h], &mut sum[h]);
                 }
-                w.values::<S>(count, n, op.d_v, &fade);
+                Values { out: w.out, p: w.p, pitch: KEYS, tile: w.tile, stride }
+                    .run::<S>(count, n, op.d_v, &fade);
             }
         }
         for (i, h) in heads.enumerate() {
@@ -262,140 +260,5 @@ unsafe fn soften<S: Simd>(
         *sum = sum.mul_add(fade, S::sum(S::add(x, y)));
         *max = top;
         fade
-    }
-}
-
-impl Worker<'_> {
-    /// `p[h][j] = q[h]·tile[j]` for `n` keys, rounded up to whole register blocks.
-    #[inline(always)]
-    unsafe fn scores<S: Simd>(&mut self, heads: usize, n: usize, d: usize) {
-        let whole = heads / 4 * 4;
-        // SAFETY: `KEYS` rows in the tile, a multiple of any block; heads within the group.
-        unsafe {
-            if S::WIDE {
-                for h in (0..whole).step_by(4) {
-                    for j in (0..n).step_by(4) {
-                        self.dots::<S, 4, 4>(h, j, d);
-                    }
-                }
-                for h in whole..heads {
-                    for j in (0..n).step_by(4) {
-                        self.dots::<S, 1, 4>(h, j, d);
-                    }
-                }
-            } else {
-                for h in (0..whole).step_by(4) {
-                    for j in 0..n {
-                        self.dots::<S, 4, 1>(h, j, d);
-                    }
-                }
-                for h in whole..heads {
-                    for j in 0..n {
-                        self.dots::<S, 1, 1>(h, j, d);
-                    }
-                }
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn dots<S: Simd, const H: usize, const J: usize>(
-        &mut self,
-        h: usize,
-        j: usize,
-        d: usize,
-    ) {
-        // SAFETY: rows `h..h + H` of q and `j..j + J` of the tile, `d` padded to vectors by `stride`.
-        unsafe {
-            let q = self.q.as_ptr().add(h * self.stride);
-            let k = self.tile.as_ptr().add(j * self.stride);
-            let mut acc = [[S::splat(0.0); J]; H];
-            for i in (0..d).step_by(16) {
-                let mut y = [S::splat(0.0); J];
-                for b in 0..J {
-                    y[b] = S::load(k.add(b * self.stride + i));
-                }
-                for a in 0..H {
-                    let x = S::load(q.add(a * self.stride + i));
-                    for b in 0..J {
-                        acc[a][b] = S::fma(x, y[b], acc[a][b]);
-                    }
-                }
-            }
-            for a in 0..H {
-                for b in 0..J {
-                    *self.p.get_unchecked_mut((h + a) * KEYS + j + b) = S::sum(acc[a][b]);
-                }
-            }
-        }
-    }
-
-    /// `out[h] = out[h] * fade[h] + sum_j p[h][j] * tile[j]`, the first `d` elements rounded up to blocks.
-    #[inline(always)]
-    unsafe fn values<S: Simd>(&mut self, heads: usize, n: usize, d: usize, fade: &[f32; GROUP]) {
-        let whole = heads / 4 * 4;
-        // SAFETY: `stride` is a multiple of 64 elements and at least `d`.
-        unsafe {
-            if S::WIDE {
-                for i in (0..d).step_by(64) {
-                    for h in (0..whole).step_by(4) {
-                        self.blend::<S, 4, 4>(h, i, n, fade);
-                    }
-                    for h in whole..heads {
-                        self.blend::<S, 1, 4>(h, i, n, fade);
-                    }
-                }
-            } else {
-                for i in (0..d).step_by(16) {
-                    for h in (0..whole).step_by(4) {
-                        self.blend::<S, 4, 1>(h, i, n, fade);
-                    }
-                    for h in whole..heads {
-                        self.blend::<S, 1, 1>(h, i, n, fade);
-                    }
-                }
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn blend<S: Simd, const H: usize, const J: usize>(
-        &mut self,
-        h: usize,
-        i: usize,
-        n: usize,
-        fade: &[f32; GROUP],
-    ) {
-        // SAFETY: rows `h..h + H` of out and p, `n` rows of the tile, columns `i..i + 16 * J` within `stride`.
-        unsafe {
-            let out = self.out.as_mut_ptr().add(h * self.stride + i);
-            let p = self.p.as_ptr().add(h * KEYS);
-            let mut v = self.tile.as_ptr().add(i);
-            let mut acc = [[S::splat(0.0); J]; H];
-            for a in 0..H {
-                let f = S::splat(*fade.get_unchecked(h + a));
-                for b in 0..J {
-                    acc[a][b] = S::mul(S::load(out.add(a * self.stride + 16 * b)), f);
-                }
-            }
-            for j in 0..n {
-                let mut y = [S::splat(0.0); J];
-                for b in 0..J {
-                    y[b] = S::load(v.add(16 * b));
-                }
-                for a in 0..H {
-                    let x = S::splat(*p.add(a * KEYS + j));
-                    for b in 0..J {
-                        acc[a][b] = S::fma(x, y[b], acc[a][b]);
-                    }
-                }
-                v = v.add(self.stride);
-            }
-            for a in 0..H {
-                for b in 0..J {
-                    S::store(out.add(a * self.stride + 16 * b), acc[a][b]);
-                }
-            }
-        }
     }
 }

@@ -1,7 +1,7 @@
 //! What only the host can check: the numbers in index arrays. Each runs before its operation writes anything.
 
 use crate::error::{Error, Result, Status};
-use crate::ops::{IndicesToSlots, KeyMap, Slots, SparseAttention, Store, TopK};
+use crate::ops::{Distill, IndicesToSlots, KeyMap, Slots, SparseAttention, Store, Target, TopK};
 use crate::tensor::Device;
 
 /// The backend reads host memory only.
@@ -148,6 +148,28 @@ pub(super) fn attention(op: &SparseAttention<'_>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Bounds, indices and columns of a distillation. What is not finite shows in its first pass, which writes nothing.
+pub(super) fn distill(op: &Distill<'_>) -> Result<()> {
+    let longest = keys(&op.map, op.rows)?;
+    match (&op.indices, &op.target) {
+        (Some(v), _) => (0..op.rows).try_for_each(|r| {
+            let len = op.map.len(r);
+            match v.row(&[r]).iter().find(|&&i| i < -1 || i64::from(i) >= len as i64) {
+                Some(&i) => {
+                    let range = format_args!("-1 or a position below {len}");
+                    Err(outside("indices", range, i, r))
+                }
+                None => Ok(()),
+            }
+        }),
+        (None, Target::Given(v)) if v.shape()[1] < longest => {
+            let want = format_args!("a column for each of the longest row's {longest} positions");
+            Err(Error::invalid("target", want, v.shape()[1]))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Bounds of score rows.

@@ -4,17 +4,20 @@
 
 mod attention;
 mod check;
+mod distill;
 mod indexer;
 mod quant;
 #[doc(hidden)]
 pub mod reference;
 mod select;
 mod simd;
+mod tile;
 
 use crate::error::{Error, Result, Status};
 use crate::ops::*;
 use crate::tensor::{View, ViewMut};
 use std::ffi::CStr;
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Instruction sets with code of their own. All give the same bits.
@@ -249,6 +252,13 @@ impl Cpu {
         attention::sparse_attention(self, op, workspace)
     }
 
+    /// A distillation loss and its gradients. `workspace` holds [`Distill::workspace`] bytes.
+    pub fn distill(&self, op: &Distill<'_>, workspace: &mut [u8]) -> Result<()> {
+        check::device(op.device)?;
+        check::distill(op)?;
+        distill::distill(self, op, workspace)
+    }
+
     /// How much of one selection another covers.
     pub fn overlap(&self, op: &Overlap<'_>) -> Result<()> {
         check::device(op.device)?;
@@ -258,6 +268,26 @@ impl Cpu {
             *out = crate::audit::overlap(op.own.row(&[t]), op.reused.row(&[t]));
         }
         Ok(())
+    }
+}
+
+/// A slice that tasks write disjoint parts of.
+#[derive(Clone, Copy)]
+struct Parts<T>(*mut T, usize);
+// SAFETY: only `part` reaches the memory, and its caller keeps parts disjoint.
+unsafe impl<T: Send> Sync for Parts<T> {}
+
+impl<T> Parts<T> {
+    fn of(slice: &mut [T]) -> Self {
+        Parts(slice.as_mut_ptr(), slice.len())
+    }
+    /// # Safety
+    /// No other live reference to these elements, and the slice is still borrowed.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn part(&self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.1);
+        // SAFETY: in bounds; alone by the contract.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(range.start), range.len()) }
     }
 }
 

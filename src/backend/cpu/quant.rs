@@ -18,7 +18,7 @@ use half::slice::HalfFloatSliceExt;
 /// Elements that are worth a thread.
 const GRAIN: usize = 16 * 1024;
 
-fn to_f32<const N: usize>(x: &Floats<'_, N>, at: &[usize], out: &mut [f32]) {
+pub(super) fn to_f32<const N: usize>(x: &Floats<'_, N>, at: &[usize], out: &mut [f32]) {
     match x {
         Floats::F32(v) => out.copy_from_slice(v.row(at)),
         Floats::Bf16(v) => v.row(at).convert_to_f32_slice(out),

@@ -9,11 +9,10 @@
 
 use super::indexer::{Scratch, score_block};
 use super::simd::{Kernel, Simd, TILE};
-use super::{Cpu, Isa};
+use super::{Cpu, Isa, Parts};
 use crate::error::Result;
 use crate::layout::{self, Bump};
 use crate::ops::{Floats, MAX_TOPK, Select, TopK};
-use std::ops::Range;
 
 /// Room for the survivors of one row: the best k, as many again (or a few tiles), one tile, one vector of slack.
 const fn capacity(k: usize) -> usize {
@@ -247,26 +246,6 @@ impl Select<'_> {
     /// shapes and all smaller ones.
     pub fn workspace(&self, threads: usize) -> usize {
         layout::with_slack(layout::measure(|b| lay_shared(b, self, threads)))
-    }
-}
-
-/// A slice that tasks write disjoint parts of.
-#[derive(Clone, Copy)]
-struct Parts(*mut i32, usize);
-// SAFETY: only `part` reaches the memory, and its caller keeps parts disjoint.
-unsafe impl Sync for Parts {}
-
-impl Parts {
-    fn of(slice: &mut [i32]) -> Self {
-        Parts(slice.as_mut_ptr(), slice.len())
-    }
-    /// # Safety
-    /// No other live reference to these elements, and the slice is still borrowed.
-    #[allow(clippy::mut_from_ref)]
-    unsafe fn part(&self, range: Range<usize>) -> &mut [i32] {
-        assert!(range.start <= range.end && range.end <= self.1);
-        // SAFETY: in bounds; alone by the contract.
-        unsafe { std::slice::from_raw_parts_mut(self.0.add(range.start), range.len()) }
     }
 }
 

@@ -1,0 +1,779 @@
+//! The distillation loss and its gradients against plain f64: the formula, its derivative by hand, and differences.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use half::bf16;
+use indexcache::backend::cpu::{Cpu, Isa};
+use indexcache::error::Status;
+use indexcache::ops::{Distill, DistillArgs};
+use indexcache::tensor::{DType, Device, Tensor, dense_strides};
+
+struct Rng(u64);
+
+impl Rng {
+    fn bits(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+    fn below(&mut self, n: usize) -> usize {
+        (self.bits() >> 11) as usize % n
+    }
+    fn normal(&mut self) -> f32 {
+        let sum: f32 = (0..6).map(|_| (self.bits() >> 40) as f32 / (1u64 << 24) as f32).sum();
+        (sum - 3.0) * 1.414
+    }
+    fn normals(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.normal()).collect()
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Values {
+    F32,
+    Bf16,
+    /// Small whole numbers: products that are 0, and equal ones, in bulk.
+    Ties,
+}
+
+#[derive(Clone, Debug)]
+struct Case {
+    values: Values,
+    heads: usize,
+    dim: usize,
+    keys: usize,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    w: Vec<f32>,
+    start: Vec<i32>,
+    end: Vec<i32>,
+    topk: usize,
+    indices: Option<Vec<i32>>,
+    columns: usize,
+    target: Option<Vec<f32>>,
+    attention_heads: usize,
+    d_qk: usize,
+    attention_q: Vec<f32>,
+    kv: Vec<f32>,
+    lse: Vec<f32>,
+    scale: f32,
+    layer_weight: f32,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+struct Out {
+    loss: Vec<f32>,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    w: Vec<f32>,
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+fn wide(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|&x| f64::from(x)).collect()
+}
+
+impl Case {
+    /// Causal rows of sequences of these lengths, one after the other; after each, a row that sees nothing and a key
+    /// that nobody sees. What nobody uses is NaN.
+    fn new(seed: u64, lengths: &[usize], values: Values, restricted: bool, given: bool) -> Self {
+        let mut rng = Rng(seed);
+        let (heads, dim, attention_heads, d_qk) = (3, 21, 5, 40);
+        let (mut start, mut end) = (vec![], vec![]);
+        let mut at = 0;
+        for &n in lengths {
+            start.extend(std::iter::repeat_n(at as i32, n + 1));
+            end.extend((1..=n).map(|i| (at + i) as i32));
+            end.push(at as i32 - 1);
+            at += n + 1;
+        }
+        let (rows, keys) = (start.len(), at);
+        let mut floats = |n: usize| -> Vec<f32> {
+            match values {
+                Values::F32 => rng.normals(n),
+                Values::Bf16 => {
+                    rng.normals(n).iter().map(|&x| bf16::from_f32(x).to_f32()).collect()
+                }
+                Values::Ties => (0..n).map(|_| rng.below(3) as f32 - 1.0).collect(),
+            }
+        };
+        let (q, k) = (floats(rows * heads * dim), floats(keys * dim));
+        let (attention_q, kv) = (floats(rows * attention_heads * d_qk), floats(keys * d_qk));
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        let topk = 9;
+        let indices = restricted.then(|| {
+            let mut all = vec![-1; rows * topk];
+            for (r, row) in all.chunks_exact_mut(topk).enumerate() {
+                let len = (end[r] - start[r]).max(0) as usize;
+                // Any order, some missing, some twice; a live row that selects nothing.
+                for i in row.iter_mut() {
+                    if len > 0 && rng.below(8) > 0 && r % 11 != 5 {
+                        *i = rng.below(len) as i32;
+                    }
+                }
+            }
+            all
+        });
+        let columns = if restricted { topk } else { longest + 2 };
+        let target = given.then(|| {
+            let some = |x: f32| if x < -0.5 { 0.0 } else { 3.0 * x.exp() };
+            rng.normals(rows * columns).into_iter().map(some).collect::<Vec<_>>()
+        });
+        let mut case = Case {
+            values,
+            heads,
+            dim,
+            keys,
+            q,
+            k,
+            w: rng.normals(rows * heads).iter().map(|x| x * 0.4).collect(),
+            start,
+            end,
+            topk,
+            indices,
+            columns,
+            target,
+            attention_heads,
+            d_qk,
+            attention_q,
+            kv,
+            lse: vec![0.0; rows * attention_heads],
+            scale: 0.21,
+            layer_weight: 0.3,
+        };
+        for r in 0..rows {
+            for h in 0..attention_heads {
+                let seen = (0..(case.end[r] - case.start[r]).max(0) as usize)
+                    .map(|p| case.attention_score(r, h, p).exp());
+                case.lse[r * attention_heads + h] = seen.sum::<f64>().ln() as f32;
+            }
+        }
+        for r in 0..rows {
+            if let Some(target) = &mut case.target
+                && case.indices.as_ref().is_none_or(|v| v[r * topk..][..topk] != [-1; 9])
+            {
+                target[r * columns] = 1.0; // A sum above 0.
+            }
+            if case.columns_of(r).is_empty() {
+                case.q[r * heads * dim..][..heads * dim].fill(f32::NAN);
+                case.w[r * heads..][..heads].fill(f32::INFINITY);
+                case.lse[r * attention_heads..][..attention_heads].fill(f32::NAN);
+                if let Some(target) = &mut case.target {
+                    target[r * columns..][..columns].fill(-1.0);
+                }
+            }
+        }
+        let mut first = 0;
+        for &n in lengths {
+            first += n + 1;
+            case.k[(first - 1) * dim..first * dim].fill(f32::NAN);
+            case.kv[(first - 1) * d_qk..first * d_qk].fill(f32::INFINITY);
+        }
+        case
+    }
+
+    fn rows(&self) -> usize {
+        self.start.len()
+    }
+
+    /// Column of the target and key of all that takes part in a row.
+    fn columns_of(&self, r: usize) -> Vec<(usize, usize)> {
+        let start = self.start[r] as usize;
+        match &self.indices {
+            None => {
+                (0..(self.end[r] - self.start[r]).max(0) as usize).map(|p| (p, start + p)).collect()
+            }
+            Some(v) => (0..self.topk)
+                .filter(|c| v[r * self.topk + c] >= 0)
+                .map(|c| (c, start + v[r * self.topk + c] as usize))
+                .collect(),
+        }
+    }
+
+    fn attention_score(&self, r: usize, h: usize, p: usize) -> f64 {
+        let d = self.d_qk;
+        let q = wide(&self.attention_q[(r * self.attention_heads + h) * d..][..d]);
+        let kv = wide(&self.kv[(self.start[r] as usize + p) * d..][..d]);
+        f64::from(self.scale) * dot(&q, &kv)
+    }
+
+    /// The target of a row, normalised.
+    fn p(&self, r: usize) -> Vec<f64> {
+        let start = self.start[r] as usize;
+        let one = |&(column, key): &(usize, usize)| match &self.target {
+            Some(t) => f64::from(t[r * self.columns + column]),
+            None => (0..self.attention_heads)
+                .map(|h| {
+                    let lse = f64::from(self.lse[r * self.attention_heads + h]);
+                    (self.attention_score(r, h, key - start) - lse).exp()
+                })
+                .sum(),
+        };
+        let p: Vec<f64> = self.columns_of(r).iter().map(one).collect();
+        let sum: f64 = p.iter().sum();
+        p.iter().map(|p| p / sum).collect()
+    }
+
+    fn live(&self) -> usize {
+        (0..self.rows()).filter(|&r| !self.columns_of(r).is_empty()).count()
+    }
+
+    /// `q·k` of a row, by position and head, the scores, and their softmax.
+    fn forward(
+        &self,
+        r: usize,
+        q: &[f64],
+        k: &[f64],
+        w: &[f64],
+    ) -> (Vec<Vec<f64>>, Vec<f64>, Vec<f64>) {
+        let (heads, dim) = (self.heads, self.dim);
+        let products: Vec<Vec<f64>> = self
+            .columns_of(r)
+            .iter()
+            .map(|&(_, key)| {
+                (0..heads)
+                    .map(|h| dot(&q[(r * heads + h) * dim..][..dim], &k[key * dim..][..dim]))
+                    .collect()
+            })
+            .collect();
+        let scores: Vec<f64> = products
+            .iter()
+            .map(|d| d.iter().enumerate().map(|(h, d)| w[r * heads + h] * d.max(0.0)).sum())
+            .collect();
+        let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let z: f64 = scores.iter().map(|s| (s - top).exp()).sum();
+        let softmax = scores.iter().map(|s| (s - top).exp() / z).collect();
+        (products, scores, softmax)
+    }
+
+    fn loss(&self, p: &[Vec<f64>], q: &[f64], k: &[f64], w: &[f64]) -> f64 {
+        let mut sum = 0.0;
+        for (r, p) in p.iter().enumerate() {
+            let (_, _, softmax) = self.forward(r, q, k, w);
+            for (p, q) in p.iter().zip(softmax) {
+                sum += if *p > 0.0 { p * (p.ln() - q.ln()) } else { 0.0 };
+            }
+        }
+        f64::from(self.layer_weight) * sum / self.live() as f64
+    }
+
+    fn all_p(&self) -> Vec<Vec<f64>> {
+        (0..self.rows()).map(|r| self.p(r)).collect()
+    }
+
+    /// Loss, and its gradients by q, k and w.
+    fn reference(&self) -> (f64, [Vec<f64>; 3]) {
+        let (q, k, w) = (wide(&self.q), wide(&self.k), wide(&self.w));
+        let (heads, dim) = (self.heads, self.dim);
+        let mut grads = [vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; w.len()]];
+        let scale = f64::from(self.layer_weight) / self.live() as f64;
+        let all = self.all_p();
+        for (r, p) in all.iter().enumerate() {
+            let (products, _, softmax) = self.forward(r, &q, &k, &w);
+            for (j, &(_, key)) in self.columns_of(r).iter().enumerate() {
+                let by_score = scale * (softmax[j] - p[j]);
+                for h in 0..heads {
+                    let (d, weight, at) = (products[j][h], w[r * heads + h], (r * heads + h) * dim);
+                    if d > 0.0 {
+                        grads[2][r * heads + h] += by_score * d;
+                        for i in 0..dim {
+                            grads[0][at + i] += by_score * weight * k[key * dim + i];
+                            grads[1][key * dim + i] += by_score * weight * q[at + i];
+                        }
+                    }
+                }
+            }
+        }
+        (self.loss(&all, &q, &k, &w), grads)
+    }
+
+    fn args<'a>(
+        &'a self,
+        memory: &'a mut Memory,
+        out: &'a mut Out,
+        grads: bool,
+    ) -> DistillArgs<'a> {
+        let (rows, heads, dim, keys) = (self.rows(), self.heads, self.dim, self.keys);
+        let half = self.values == Values::Bf16;
+        let float = |name, x: &'a [f32], halves: &'a mut Vec<bf16>, shape: &[usize]| {
+            if !half {
+                return Tensor::from_slice(name, x, shape).unwrap();
+            }
+            *halves = x.iter().map(|&x| bf16::from_f32(x)).collect();
+            Tensor::from_slice(name, halves.as_slice(), shape).unwrap()
+        };
+        let given = self.target.is_some();
+        let Memory { q, k, attention_q, kv } = memory;
+        let a = (self.attention_heads, self.d_qk);
+        DistillArgs {
+            q: float("q", &self.q, q, &[rows, heads, dim]),
+            k: float("k", &self.k, k, &[keys, dim]),
+            weights: Tensor::from_slice("weights", &self.w, &[rows, heads]).unwrap(),
+            row_start: Some(Tensor::from_slice("row_start", &self.start, &[rows]).unwrap()),
+            row_end: Some(Tensor::from_slice("row_end", &self.end, &[rows]).unwrap()),
+            indices: self
+                .indices
+                .as_ref()
+                .map(|v| Tensor::from_slice("indices", v, &[rows, self.topk]).unwrap()),
+            target: self
+                .target
+                .as_ref()
+                .map(|v| Tensor::from_slice("target", v, &[rows, self.columns]).unwrap()),
+            attention_q: (!given)
+                .then(|| float("attention_q", &self.attention_q, attention_q, &[rows, a.0, a.1])),
+            kv: (!given).then(|| float("kv", &self.kv, kv, &[keys, a.1])),
+            lse: (!given).then(|| Tensor::from_slice("lse", &self.lse, &[rows, a.0]).unwrap()),
+            softmax_scale: self.scale,
+            layer_weight: self.layer_weight,
+            loss: Tensor::from_slice_mut("loss", &mut out.loss, &[1]).unwrap(),
+            grad_q: grads.then(|| {
+                Tensor::from_slice_mut("grad_q", &mut out.q, &[rows, heads, dim]).unwrap()
+            }),
+            grad_k: grads
+                .then(|| Tensor::from_slice_mut("grad_k", &mut out.k, &[keys, dim]).unwrap()),
+            grad_weights: grads.then(|| {
+                Tensor::from_slice_mut("grad_weights", &mut out.w, &[rows, heads]).unwrap()
+            }),
+        }
+    }
+
+    fn zeros(&self) -> Out {
+        Out {
+            loss: vec![0.0],
+            q: vec![0.0; self.q.len()],
+            k: vec![0.0; self.k.len()],
+            w: vec![0.0; self.w.len()],
+        }
+    }
+
+    fn add_to(&self, cpu: &Cpu, out: &mut Out) {
+        let mut memory = Memory::default();
+        call(cpu, self.args(&mut memory, out, true)).unwrap();
+    }
+
+    fn run(&self, cpu: &Cpu) -> Out {
+        let mut out = self.zeros();
+        self.add_to(cpu, &mut out);
+        out
+    }
+
+    /// Against the reference: loss to 1e-5; gradients to 1e-4 of each number, or 2e-6 of the largest.
+    #[track_caller]
+    fn compare(&self, out: &Out) {
+        let (loss, grads) = self.reference();
+        let got = f64::from(out.loss[0]);
+        assert!((got - loss).abs() <= 1e-5 * loss.abs() + 1e-9, "loss {got}, not {loss}");
+        for (name, got, want) in
+            [("q", &out.q, &grads[0]), ("k", &out.k, &grads[1]), ("w", &out.w, &grads[2])]
+        {
+            let largest = want.iter().fold(0.0f64, |a, b| a.max(b.abs()));
+            for (i, (&got, want)) in got.iter().zip(want).enumerate() {
+                let off = (f64::from(got) - want).abs();
+                assert!(
+                    off <= 1e-4 * want.abs() + 2e-6 * largest,
+                    "{name}[{i}]: {got}, not {want}"
+                );
+            }
+        }
+    }
+}
+
+/// bf16 copies of a case's inputs.
+#[derive(Default)]
+struct Memory {
+    q: Vec<bf16>,
+    k: Vec<bf16>,
+    attention_q: Vec<bf16>,
+    kv: Vec<bf16>,
+}
+
+fn call(cpu: &Cpu, args: DistillArgs<'_>) -> indexcache::error::Result<()> {
+    let op = args.check()?;
+    // Scratch holds whatever it held.
+    let mut workspace = vec![0xff; op.workspace(cpu.threads())];
+    cpu.distill(&op, &mut workspace)
+}
+
+const RAGGED: [usize; 5] = [1, 40, 0, 17, 70];
+
+fn kinds() -> impl Iterator<Item = Case> {
+    let values = [Values::F32, Values::Bf16, Values::Ties];
+    values.into_iter().enumerate().flat_map(|(i, values)| {
+        [(false, true), (true, true), (false, false), (true, false)].into_iter().map(
+            move |(restricted, given)| Case::new(99 + i as u64, &RAGGED, values, restricted, given),
+        )
+    })
+}
+
+#[test]
+fn loss_and_gradients() {
+    let cpu = Cpu::new(2).unwrap();
+    for case in kinds() {
+        case.compare(&case.run(&cpu));
+    }
+}
+
+/// Several blocks of rows and of keys.
+#[test]
+fn blocks() {
+    let cpu = Cpu::new(2).unwrap();
+    for (restricted, given) in [(false, true), (true, false)] {
+        let mut case = Case::new(5, &[2300, 3], Values::F32, restricted, given);
+        // Every tenth row is enough.
+        let some = |v: &mut Vec<f32>, width: usize| {
+            *v = v.chunks(width).step_by(10).flatten().copied().collect();
+        };
+        some(&mut case.q, case.heads * case.dim);
+        some(&mut case.w, case.heads);
+        some(&mut case.lse, case.attention_heads);
+        some(&mut case.attention_q, case.attention_heads * case.d_qk);
+        if let Some(target) = &mut case.target {
+            some(target, case.columns);
+        }
+        if let Some(v) = &mut case.indices {
+            *v = v.chunks(case.topk).step_by(10).flatten().copied().collect();
+        }
+        case.start = case.start.iter().step_by(10).copied().collect();
+        case.end = case.end.iter().step_by(10).copied().collect();
+        assert!(case.rows() > 128 && case.keys > 2048);
+        case.compare(&case.run(&cpu));
+    }
+}
+
+/// The derivative by hand is the derivative: central differences of the f64 loss, where no product is near 0.
+#[test]
+fn differences() {
+    for case in kinds().filter(|c| c.values != Values::Ties) {
+        let (_, grads) = case.reference();
+        let p = case.all_p();
+        let step = 1e-6;
+        let mut rng = Rng(7);
+        let mut tried = 0;
+        for (which, grad) in grads.iter().enumerate() {
+            for _ in 0..12 {
+                let at = rng.below(grad.len());
+                let mut x = [wide(&case.q), wide(&case.k), wide(&case.w)];
+                if !x[which][at].is_finite() {
+                    continue;
+                }
+                tried += 1;
+                let middle = x[which][at];
+                let mut loss = |value| {
+                    x[which][at] = value;
+                    case.loss(&p, &x[0], &x[1], &x[2])
+                };
+                let slope = (loss(middle + step) - loss(middle - step)) / (2.0 * step);
+                let off = (slope - grad[at]).abs();
+                assert!(off <= 1e-5 * grad[at].abs() + 1e-8, "{slope}, not {}", grad[at]);
+            }
+        }
+        assert!(tried > 20);
+    }
+}
+
+/// The paper's proposition: distilling to each served layer is distilling to their mean, but for a constant.
+#[test]
+fn both_forms_have_equal_gradients() {
+    let cpu = Cpu::new(2).unwrap();
+    for restricted in [false, true] {
+        let shares = [0.5f32, 0.25, 0.25];
+        let mut case = Case::new(21, &RAGGED, Values::F32, restricted, true);
+        let mut each = case.zeros();
+        let mut mean = vec![0.0f64; case.target.as_ref().unwrap().len()];
+        for (i, &share) in shares.iter().enumerate() {
+            let other = Case::new(21 + i as u64, &RAGGED, Values::F32, restricted, true).target;
+            let live: Vec<bool> = case.target.as_ref().unwrap().iter().map(|&t| t >= 0.0).collect();
+            let theirs = other.unwrap();
+            // Where the other selects nothing, this one may.
+            case.target = Some(
+                live.iter()
+                    .zip(&theirs)
+                    .map(|(&live, &t)| if live { t.max(0.125) } else { -1.0 })
+                    .collect(),
+            );
+            for (r, p) in case.all_p().iter().enumerate() {
+                for (&(c, _), p) in case.columns_of(r).iter().zip(p) {
+                    mean[r * case.columns + c] += f64::from(share) * p;
+                }
+            }
+            case.layer_weight = share;
+            case.add_to(&cpu, &mut each);
+        }
+        case.layer_weight = 1.0;
+        case.target = Some(mean.iter().map(|&m| m as f32).collect());
+        let at_once = case.run(&cpu);
+        assert!(at_once.loss[0] < 0.9 * each.loss[0], "{:?} {:?}", at_once.loss, each.loss);
+        for (a, b) in [(&at_once.q, &each.q), (&at_once.k, &each.k), (&at_once.w, &each.w)] {
+            let largest = a.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+            assert!(largest > 1e-4);
+            assert!(a.iter().zip(b).all(|(a, b)| (a - b).abs() <= 2e-6 * largest));
+        }
+    }
+}
+
+#[test]
+fn outputs_are_added_to_and_optional() {
+    let cpu = Cpu::new(1).unwrap();
+    let case = Case::new(4, &RAGGED, Values::F32, false, true);
+    let once = case.run(&cpu);
+    let mut twice = once.clone();
+    case.add_to(&cpu, &mut twice);
+    for (a, b) in
+        [(&once.loss, &twice.loss), (&once.q, &twice.q), (&once.k, &twice.k), (&once.w, &twice.w)]
+    {
+        let largest = a.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+        assert!(largest > 0.0);
+        assert!(a.iter().zip(b).all(|(a, b)| (2.0 * a - b).abs() <= 1e-6 * largest));
+    }
+    // Each alone is what it is beside the others.
+    for which in 0..4 {
+        let (mut out, mut memory) = (case.zeros(), Memory::default());
+        let mut args = case.args(&mut memory, &mut out, true);
+        args.grad_q = args.grad_q.filter(|_| which == 1);
+        args.grad_k = args.grad_k.filter(|_| which == 2);
+        args.grad_weights = args.grad_weights.filter(|_| which == 3);
+        call(&cpu, args).unwrap();
+        let mut want = case.zeros();
+        want.loss = once.loss.clone();
+        match which {
+            1 => want.q = once.q.clone(),
+            2 => want.k = once.k.clone(),
+            3 => want.w = once.w.clone(),
+            _ => {}
+        }
+        assert!(out == want, "{which}");
+    }
+}
+
+#[test]
+fn same_bits_on_every_instruction_set_with_every_number_of_threads() {
+    for case in kinds() {
+        let want = case.run(&Cpu::with_isa(1, Isa::Scalar).unwrap());
+        for isa in [Isa::Scalar, Isa::Avx2, Isa::Avx512] {
+            for threads in [1, 2, 5] {
+                let Ok(cpu) = Cpu::with_isa(threads, isa) else { continue };
+                assert!(case.run(&cpu) == want, "{isa:?} with {threads} threads");
+            }
+        }
+    }
+}
+
+/// A row of one position has nothing to learn; nor has an indexer that already is its target.
+#[test]
+fn nothing_to_learn() {
+    let cpu = Cpu::new(2).unwrap();
+    let case = Case::new(8, &[1, 1, 1], Values::F32, false, true);
+    let out = case.run(&cpu);
+    assert!(out.loss[0].abs() < 1e-12 && out.q.iter().chain(&out.k).all(|x| x.abs() < 1e-9));
+
+    let mut case = Case::new(8, &RAGGED, Values::F32, false, true);
+    let x = (wide(&case.q), wide(&case.k), wide(&case.w));
+    for r in 0..case.rows() {
+        let (_, _, softmax) = case.forward(r, &x.0, &x.1, &x.2);
+        for (&(c, _), q) in case.columns_of(r).iter().zip(softmax) {
+            case.target.as_mut().unwrap()[r * case.columns + c] = q as f32;
+        }
+    }
+    let out = case.run(&cpu);
+    assert!(out.loss[0].abs() < 1e-10, "{:?}", out.loss);
+    assert!(out.q.iter().chain(&out.k).chain(&out.w).all(|x| x.abs() < 1e-6));
+
+    let none = Case::new(8, &[0, 0], Values::F32, false, false);
+    assert_eq!(none.run(&cpu), none.zeros());
+    let none = Case::new(8, &[], Values::F32, true, true);
+    assert_eq!(none.run(&cpu), none.zeros());
+}
+
+/// A log-sum-exp far off is a factor, which the normalisation takes out, even where `exp` alone would give 0.
+#[test]
+fn targets_do_not_underflow() {
+    let cpu = Cpu::new(2).unwrap();
+    let mut case = Case::new(3, &RAGGED, Values::F32, false, false);
+    let want = case.run(&cpu);
+    case.lse.iter_mut().for_each(|x| *x += 128.0);
+    let out = case.run(&cpu);
+    assert!((out.loss[0] - want.loss[0]).abs() < 1e-3 * want.loss[0]);
+    case.compare(&out);
+}
+
+/// Scratch is the same for any number of keys.
+#[test]
+fn scratch_does_not_grow_with_the_keys() {
+    let bytes = |keys: usize| {
+        let t = |name, dtype, shape: &[usize]| {
+            let strides = dense_strides(shape);
+            Tensor::without_data(name, Device::Cpu, dtype, shape, &strides[..shape.len()]).unwrap()
+        };
+        let f = |name, shape: &[usize]| t(name, DType::F32, shape);
+        let op: Distill<'_> = DistillArgs {
+            q: f("q", &[512, 32, 128]),
+            k: f("k", &[keys, 128]),
+            weights: f("weights", &[512, 32]),
+            row_start: None,
+            row_end: None,
+            indices: None,
+            target: None,
+            attention_q: Some(f("attention_q", &[512, 128, 576])),
+            kv: Some(f("kv", &[keys, 576])),
+            lse: Some(f("lse", &[512, 128])),
+            softmax_scale: 1.0,
+            layer_weight: 1.0,
+            loss: f("loss", &[1]),
+            grad_q: Some(f("grad_q", &[512, 32, 128])),
+            grad_k: Some(f("grad_k", &[keys, 128])),
+            grad_weights: Some(f("grad_weights", &[512, 32])),
+        }
+        .check()
+        .unwrap();
+        op.workspace(4)
+    };
+    assert_eq!(bytes(4096), bytes(1 << 20));
+    assert!(bytes(4096) < 4 << 20, "{}", bytes(4096));
+}
+
+/// The message with which a changed case is refused, nothing having been written.
+fn refused(given: bool, restricted: bool, change: impl FnOnce(&mut Case)) -> String {
+    let mut case = Case::new(12, &[6, 9], Values::F32, restricted, given);
+    if let Some(v) = &mut case.indices {
+        v[8 * 9] = 0; // The row that is changed has a position.
+    }
+    change(&mut case);
+    let mut out = case.zeros();
+    out.k.fill(7.0);
+    let before = out.clone();
+    let mut memory = Memory::default();
+    let e = call(&Cpu::new(2).unwrap(), case.args(&mut memory, &mut out, true)).unwrap_err();
+    assert_eq!(e.status, Status::Invalid, "{e}");
+    assert!(out == before, "written before: {e}");
+    e.message
+}
+
+#[test]
+fn what_is_not_finite_is_named() {
+    // Row 8 is the second of the second sequence, whose keys begin at 7.
+    let m = refused(true, false, |c| c.q[8 * 63 + 2] = f32::NAN);
+    assert_eq!(m, "q: expected finite numbers, got NaN in row 8");
+    let m = refused(true, false, |c| c.w[8 * 3] = f32::INFINITY);
+    assert_eq!(m, "weights: expected finite numbers, got inf in row 8");
+    let m = refused(true, false, |c| c.k[8 * 21] = f32::NEG_INFINITY);
+    assert_eq!(m, "k: expected finite numbers, got -inf in key 8, which row 8 sees");
+    let m = refused(false, false, |c| c.attention_q[8 * 200] = f32::NAN);
+    assert_eq!(m, "attention_q: expected finite numbers, got NaN in row 8");
+    let m = refused(false, true, |c| c.lse[8 * 5 + 4] = f32::NEG_INFINITY);
+    assert_eq!(m, "lse: expected finite numbers, got -inf in row 8");
+    let m = refused(false, false, |c| c.kv[7 * 40] = f32::NAN);
+    assert_eq!(m, "kv: expected finite numbers, got NaN in key 7, which row 7 sees");
+    let m = refused(true, false, |c| {
+        let row = 8 * c.columns;
+        c.target.as_mut().unwrap()[row + 1] = f32::NAN;
+    });
+    assert_eq!(m, "target: expected finite numbers, none below 0, got NaN in column 1 of row 8");
+    let m = refused(true, true, |c| c.target.as_mut().unwrap()[8 * 9] = -0.5);
+    assert_eq!(m, "target: expected finite numbers, none below 0, got -0.5 in column 0 of row 8");
+    let m = refused(true, false, |c| {
+        let row = 8 * c.columns;
+        c.target.as_mut().unwrap()[row..row + 2].fill(0.0);
+    });
+    assert_eq!(m, "target: expected a sum above 0, got 0 in row 8");
+    let m = refused(true, false, |c| {
+        c.q[8 * 63..9 * 63].fill(1e30);
+        c.k[7 * 21..8 * 21].fill(1e30);
+    });
+    assert_eq!(m, "q: expected scores within the range of float32, got one that is not in row 8");
+}
+
+#[test]
+fn numbers_in_index_arrays() {
+    let m = refused(true, true, |c| c.indices.as_mut().unwrap()[8 * 9] = 2);
+    assert_eq!(m, "indices: expected -1 or a position below 2, got 2 in row 8");
+    let m = refused(true, true, |c| c.indices.as_mut().unwrap()[8 * 9] = -2);
+    assert_eq!(m, "indices: expected -1 or a position below 2, got -2 in row 8");
+    let m = refused(true, true, |c| c.indices.as_mut().unwrap()[6 * 9] = 0);
+    assert_eq!(m, "indices: expected -1 or a position below 0, got 0 in row 6");
+    let m = refused(true, false, |c| c.end[8] = 18);
+    assert_eq!(m, "row_end: expected at most 17, got 18 in row 8");
+    let m = refused(true, false, |c| c.start[8] = -1);
+    assert_eq!(m, "row_start: expected 0 to 17, got -1 in row 8");
+    let m = refused(true, false, |c| {
+        (c.columns, c.target) = (8, Some(vec![1.0; 8 * c.rows()]));
+    });
+    assert_eq!(m, "target: expected a column for each of the longest row's 9 positions, got 8");
+}
+
+#[test]
+fn shapes_and_places() {
+    let case = Case::new(12, &[6, 9], Values::F32, true, false);
+    let given = Case::new(12, &[6, 9], Values::F32, true, true);
+    let (mut memory, mut out, mut other) = (Memory::default(), case.zeros(), case.zeros());
+    let mut more = Memory::default();
+    let ok = case.args(&mut memory, &mut out, true);
+    let target = given.args(&mut more, &mut other, true).target;
+    let refused = |args: DistillArgs<'_>, want: &str| {
+        let e = args.check().unwrap_err();
+        assert_eq!((e.status, e.message.as_str()), (Status::Invalid, want));
+    };
+    let zeros = vec![0f32; 4096];
+    let t = |name, shape: &[usize]| {
+        Tensor::from_slice(name, &zeros[..shape.iter().product()], shape).unwrap()
+    };
+    assert!(ok.check().is_ok());
+    let either = "a target, or attention_q, kv and lse";
+    refused(
+        DistillArgs { attention_q: None, kv: None, lse: None, ..ok },
+        &format!("target: expected {either}, got none"),
+    );
+    refused(
+        DistillArgs { attention_q: None, ..ok },
+        &format!("attention_q: expected {either}, got none"),
+    );
+    refused(DistillArgs { lse: None, ..ok }, "lse: expected a tensor beside attention_q, got none");
+    refused(
+        DistillArgs { target, ..ok },
+        "attention_q: expected none with a target, got shape [17, 5, 40]",
+    );
+    refused(
+        DistillArgs { layer_weight: 0.0, ..ok },
+        "layer_weight: expected a finite, positive number, got 0",
+    );
+    refused(
+        DistillArgs { softmax_scale: f32::NAN, ..ok },
+        "softmax_scale: expected a finite, positive number, got NaN",
+    );
+    refused(
+        DistillArgs { q: t("q", &[17, 0, 21]), ..ok },
+        "q: expected number of heads of 1 to 128, got 0",
+    );
+    refused(
+        DistillArgs { k: t("k", &[17, 20]), ..ok },
+        "k: expected shape [any, 21], got [17, 20]",
+    );
+    refused(
+        DistillArgs { kv: Some(t("kv", &[16, 40])), ..ok },
+        "kv: expected shape [17, 40], got [16, 40]",
+    );
+    refused(DistillArgs { loss: t("loss", &[]), ..ok }, "loss: expected shape [1], got []");
+    refused(
+        DistillArgs { grad_k: Some(t("grad_k", &[17, 20])), ..ok },
+        "grad_k: expected shape [17, 21], got [17, 20]",
+    );
+    refused(
+        DistillArgs { grad_weights: ok.grad_q, ..ok },
+        "grad_q: expected shape [17, 3], got [17, 3, 21]",
+    );
+    refused(
+        DistillArgs { grad_weights: Some(ok.weights), ..ok },
+        "weights: expected memory apart from weights, got memory that overlaps it",
+    );
+    let loss = t("loss", &[1]);
+    refused(
+        DistillArgs { loss, grad_weights: Some(t("grad_weights", &[17, 3])), ..ok },
+        "grad_weights: expected memory apart from loss, got memory that overlaps it",
+    );
+    let op = ok.check().unwrap();
+    let cpu = Cpu::new(1).unwrap();
+    let e = cpu.distill(&op, &mut vec![0; op.workspace(1) - 1]).unwrap_err();
+    assert_eq!(e.status, Status::BufferTooSmall);
+}
