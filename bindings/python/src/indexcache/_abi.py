@@ -186,6 +186,28 @@ class KvWriteDesc(Structure):
     _fields_ = [*HEAD, ("kv", T), ("slots", T), ("pages", T)]
 
 
+class DistillDesc(Structure):
+    _fields_ = [
+        *HEAD,
+        ("q", T),
+        ("k", T),
+        ("weights", T),
+        ("row_start", T),
+        ("row_end", T),
+        ("indices", T),
+        ("target", T),
+        ("attention_q", T),
+        ("kv", T),
+        ("lse", T),
+        ("loss", T),
+        ("grad_q", T),
+        ("grad_k", T),
+        ("grad_weights", T),
+        ("softmax_scale", c_float),
+        ("layer_weight", c_float),
+    ]
+
+
 class ModelDesc(Structure):
     _fields_ = [
         *HEAD,
@@ -322,6 +344,8 @@ FUNCTIONS: List[Tuple[Any, ...]] = [
     ("idxc_search_resume", c_int32, P(SearchDesc), c_char_p, P(P(Search))),
     ("idxc_search_result", c_int32, P(Search), c_char_p, SIZE, P(c_size_t)),
     ("idxc_search_destroy", None, P(Search)),
+    ("idxc_distill_workspace", c_int32, P(Context), P(DistillDesc), P(c_size_t)),
+    ("idxc_distill", c_int32, P(Context), P(DistillDesc), MEMORY, SIZE, STREAM),
 ]
 
 

@@ -18,6 +18,7 @@ from .descriptors import (
     AttentionDesc,
     CacheDesc,
     ContextDesc,
+    DistillDesc,
     IndexerDesc,
     IndexKWriteDesc,
     IndexQQuantizeDesc,
@@ -494,3 +495,24 @@ def indices_overlap(context: Context, a: Tensor, b: Tensor, overlap: Tensor, str
     borrow = Borrow()
     args = borrow("a", a), borrow("b", b), borrow("overlap", overlap, written=True)
     check(lib().idxc_indices_overlap(_context(context), *args, stream))
+
+
+def distill_workspace(context: Context, desc: DistillDesc) -> int:
+    """Bytes of workspace that ``distill`` needs."""
+    borrow, handle = Borrow(), _context(context)
+    c = _desc(desc, DistillDesc, borrow)
+    return _size(lambda out: lib().idxc_distill_workspace(handle, byref(c), out))
+
+
+def distill(context: Context, desc: DistillDesc, workspace: Optional[Tensor] = None, stream: Stream = None) -> None:
+    """Adds one served layer's part of the multi-layer distillation loss of a Full layer's indexer, and its gradients.
+    ``workspace``: as for ``Cache.select``. With autograd: ``indexcache.distillation``."""
+    borrow, api, handle = Borrow(), lib(), _context(context)
+    c = byref(_desc(desc, DistillDesc, borrow))
+    _with_workspace(
+        workspace,
+        context._on_host,
+        lambda ws, size: api.idxc_distill(handle, c, ws, size, stream),
+        lambda out: api.idxc_distill_workspace(handle, c, out),
+        borrow,
+    )

@@ -232,6 +232,45 @@ class KvWriteDesc(_Desc):
 
 
 @dataclass
+class DistillDesc(_Desc):
+    """What teaches a Full layer's indexer the attention of one layer that it serves: ``target``, or ``attention_q``,
+    ``kv`` and ``lse``. All that is written is added to."""
+
+    #: bfloat16 or float32 ``[rows, heads, dim]``: the indexer's queries.
+    q: Tensor
+    #: bfloat16 or float32 ``[keys, dim]``: its keys.
+    k: Tensor
+    #: float32 ``[rows, heads]``: its head weights, every scale folded in.
+    weights: Tensor
+    #: float32 ``[1]``, added to.
+    loss: Tensor
+    #: float32 of the shapes of ``q``, ``k`` and ``weights``, added to. None: not wanted.
+    grad_q: Optional[Tensor] = None
+    grad_k: Optional[Tensor] = None
+    grad_weights: Optional[Tensor] = None
+    #: int32 ``[rows]``: first key that the row sees. None: 0.
+    row_start: Optional[Tensor] = None
+    #: int32 ``[rows]``: one past the last key that the row sees. None: all keys.
+    row_end: Optional[Tensor] = None
+    #: int32 ``[rows, topk]``: the loss restricted to these positions; -1 is skipped. None: over all that a row sees.
+    indices: Optional[Tensor] = None
+    #: float32 ``[rows, columns]``, or ``[rows, topk]`` beside ``indices``; normalised inside.
+    target: Optional[Tensor] = None
+    #: bfloat16 or float32 ``[rows, attention_heads, d_qk]``: the served layer's queries.
+    attention_q: Optional[Tensor] = None
+    #: bfloat16 or float32 ``[keys, d_qk]``: its KV rows.
+    kv: Optional[Tensor] = None
+    #: float32 ``[rows, attention_heads]``: natural-log sum of exponentials of its scaled scores.
+    lse: Optional[Tensor] = None
+    #: Multiplies ``attention_q·kv``.
+    softmax_scale: float = 0.0
+    #: The served layer's share of the loss: ``1 / (m + 1)``.
+    layer_weight: float = 1.0
+    flags: int = 0
+    _written = frozenset({"loss", "grad_q", "grad_k", "grad_weights"})
+
+
+@dataclass
 class SearchDesc(_Desc):
     """What to search, for which model, on which calibration set. Layers are those that have an indexer."""
 
