@@ -80,8 +80,19 @@ impl Case {
     /// Causal rows of sequences of these lengths, one after the other; after each, a row that sees nothing and a key
     /// that nobody sees. What nobody uses is NaN.
     fn new(seed: u64, lengths: &[usize], values: Values, restricted: bool, given: bool) -> Self {
+        Self::shaped([3, 21, 5, 40], seed, lengths, values, restricted, given)
+    }
+
+    /// The same of so many heads, dimensions, attention heads and dimensions.
+    fn shaped(
+        [heads, dim, attention_heads, d_qk]: [usize; 4],
+        seed: u64,
+        lengths: &[usize],
+        values: Values,
+        restricted: bool,
+        given: bool,
+    ) -> Self {
         let mut rng = Rng(seed);
-        let (heads, dim, attention_heads, d_qk) = (3, 21, 5, 40);
         let (mut start, mut end) = (vec![], vec![]);
         let mut at = 0;
         for &n in lengths {
@@ -416,6 +427,24 @@ fn loss_and_gradients() {
     }
 }
 
+/// Up to the largest, and around the widths that the code works in.
+#[test]
+fn shapes() {
+    let cpu = Cpu::new(2).unwrap();
+    for (i, shape) in
+        [[1, 1, 1, 1], [4, 64, 4, 64], [9, 65, 7, 33], [32, 128, 16, 576], [128, 256, 128, 1024]]
+            .into_iter()
+            .enumerate()
+    {
+        let restricted = i % 2 == 1;
+        let mut case = Case::shaped(shape, 50 + i as u64, &[2, 35], Values::F32, restricted, false);
+        // Scores of order 1, as models have them.
+        let [heads, dim, ..] = shape;
+        case.w.iter_mut().for_each(|w| *w *= 2.0 / ((heads * dim) as f32).sqrt());
+        case.compare(&case.run(&cpu));
+    }
+}
+
 /// Several blocks of rows and of keys.
 #[test]
 fn blocks() {
@@ -666,6 +695,12 @@ fn what_is_not_finite_is_named() {
     assert_eq!(m, "lse: expected finite numbers, got -inf in row 8");
     let m = refused(false, false, |c| c.kv[7 * 40] = f32::NAN);
     assert_eq!(m, "kv: expected finite numbers, got NaN in key 7, which row 7 sees");
+    // A score of -inf, which alone would be a probability of 0.
+    let m = refused(false, false, |c| {
+        c.attention_q[8 * 200..9 * 200].fill(1.0);
+        c.kv[8 * 40] = f32::NEG_INFINITY;
+    });
+    assert_eq!(m, "kv: expected finite numbers, got -inf in key 8, which row 8 sees");
     let m = refused(true, false, |c| {
         let row = 8 * c.columns;
         c.target.as_mut().unwrap()[row + 1] = f32::NAN;
@@ -683,6 +718,10 @@ fn what_is_not_finite_is_named() {
         c.k[7 * 21..8 * 21].fill(1e30);
     });
     assert_eq!(m, "q: expected scores within the range of float32, got one that is not in row 8");
+    let m = refused(false, false, |c| c.attention_q[8 * 200..9 * 200].fill(3e38));
+    let want =
+        "attention_q: expected scores within the range of float32, got one that is not in row 8";
+    assert_eq!(m, want);
 }
 
 #[test]

@@ -7,10 +7,10 @@ import indexcache as ix
 
 try:
     import torch
-
-    from indexcache.distillation import Distillation
 except ImportError:
     torch = None
+else:
+    from indexcache.distillation import Distillation
 
 needs_torch = pytest.mark.skipif(torch is None, reason="torch is not importable: no autograd to compare with")
 
@@ -155,6 +155,8 @@ def test_only_what_requires_a_gradient_gets_one(context, rng):
     training.add(1.0, target=torch.from_numpy(x["target"]))
     training.loss().backward()
     assert q.grad is None and weights.grad is None and k.grad.abs().max() > 0
+    with pytest.raises(RuntimeError, match="loss\\(\\) was taken"):
+        training.add(1.0, target=torch.from_numpy(x["target"]))
 
 
 @needs_torch

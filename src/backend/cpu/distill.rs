@@ -36,7 +36,7 @@ struct Row {
     log_z: f64,
     /// What attention scores are relative to.
     shift: f32,
-    /// `1 / sum_s p[s]`, of unnormalised `p`.
+    /// `1 / sum_s p[s]`, of unnormalised `p`; NaN if the target is what is not finite.
     inverse: f64,
 }
 
@@ -140,7 +140,7 @@ pub(super) fn distill(cpu: &Cpu, op: &Distill<'_>, workspace: &mut [u8]) -> Resu
     let (mut live, mut loss) = (0usize, 0.0f64);
     for (r, found) in rows.chunks_exact(NUMBERS).map(Row::unpack).enumerate() {
         if !found.loss.is_finite() {
-            return Err(not_finite(op, r));
+            return Err(not_finite(op, r, found));
         }
         live += usize::from(found.live);
         loss += found.loss;
@@ -377,7 +377,8 @@ impl Kernel for Measure<'_> {
         let Measure { op, row, mut w } = self;
         let mut found =
             Row { live: false, loss: 0.0, log_z: 0.0, shift: f32::NEG_INFINITY, inverse: 0.0 };
-        let mut ok = true;
+        // Of the scores, and of the target.
+        let mut ok = [true; 2];
         // `z = sum exp(I - top)`; `sum p`, `sum p ln p` and `sum p I` of unnormalised p.
         let (mut top, mut z) = (f64::NEG_INFINITY, 0.0f64);
         let (mut sum, mut entropy, mut cross) = (0.0f64, 0.0f64, 0.0f64);
@@ -395,7 +396,8 @@ impl Kernel for Measure<'_> {
             let (scores, p) = unsafe {
                 let (scores, finite) = w.scores::<S>(op, row, &positions.key[..n]);
                 let (highest, also) = w.attend::<S>(op, row, &positions.key[..n]);
-                ok &= finite & also;
+                ok[0] &= finite;
+                ok[1] &= also;
                 if highest > found.shift {
                     // Everything so far was relative to less. The first time there is nothing.
                     if sum > 0.0 {
@@ -415,7 +417,7 @@ impl Kernel for Measure<'_> {
                     top = score;
                 }
                 z += (score - top).exp();
-                ok &= p >= 0.0;
+                ok[1] &= p >= 0.0;
                 if p > 0.0 {
                     sum += p;
                     entropy += p * p.ln();
@@ -425,9 +427,10 @@ impl Kernel for Measure<'_> {
         }
         if found.live {
             found.log_z = top + z.ln();
-            found.inverse = sum.recip();
+            let target = ok[1] && sum > 0.0;
+            found.inverse = if target { sum.recip() } else { f64::NAN };
             found.loss = (entropy - cross) / sum - sum.ln() + found.log_z;
-            if !(ok && sum > 0.0) {
+            if !(ok[0] && target) {
                 found.loss = f64::NAN;
             }
         }
@@ -593,7 +596,7 @@ fn add(to: &mut [f32], x: &[f32]) {
 
 /// Names the argument for which a row's loss is no number.
 #[cold]
-fn not_finite(op: &Distill<'_>, row: usize) -> Error {
+fn not_finite(op: &Distill<'_>, row: usize, found: Row) -> Error {
     fn bad(x: &[f32]) -> Option<f32> {
         x.iter().copied().find(|x| !x.is_finite())
     }
@@ -615,6 +618,7 @@ fn not_finite(op: &Distill<'_>, row: usize) -> Error {
         let ok = p >= 0.0 && p.is_finite();
         (!ok).then(|| Error::invalid("target", "finite numbers, none below 0", got))
     };
+    let overflows = if found.inverse.is_nan() { "attention_q" } else { "q" };
     let mut found = by_row("q", any_head(&op.q));
     found = found.or_else(|| by_row("weights", bad(op.weights.row(&[row]))));
     if let Target::Attention { q, lse, .. } = &op.target {
@@ -646,7 +650,7 @@ fn not_finite(op: &Distill<'_>, row: usize) -> Error {
         }
         _ => {
             let want = "scores within the range of float32";
-            Error::invalid("q", want, format_args!("one that is not in row {row}"))
+            Error::invalid(overflows, want, format_args!("one that is not in row {row}"))
         }
     })
 }

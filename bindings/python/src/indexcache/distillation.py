@@ -38,7 +38,7 @@ class Distillation:
 
     ``q``, ``k``, ``weights``, ``row_start``, ``row_end`` and ``indices`` are those of ``DistillDesc``: torch tensors in
     memory of the context's device, used without a copy. Whichever of the first three require a gradient get one. They
-    must not change between the first ``add`` and ``loss``.
+    must not change between the first ``add`` and ``loss``, which ends the object's use.
     """
 
     def __init__(
@@ -55,9 +55,14 @@ class Distillation:
         self._context, self._inputs = context, (q, k, weights)
         self._rows = {"row_start": row_start, "row_end": row_end, "indices": indices}
         self._loss = torch.zeros(1, device=q.device)
-        self._grads = [
+        self._grads: Any = [
             torch.zeros(x.shape, device=x.device) if x.requires_grad else None for x in self._inputs
         ]
+
+    def _live(self) -> Any:
+        if self._grads is None:
+            raise RuntimeError("Distillation: loss() was taken; begin a new one")
+        return self._grads
 
     def add(
         self,
@@ -75,7 +80,7 @@ class Distillation:
             return None if x is None else x.detach()
 
         q, k, weights = map(plain, self._inputs)
-        grad_q, grad_k, grad_weights = self._grads
+        grad_q, grad_k, grad_weights = self._live()
         desc = DistillDesc(
             q=q,
             k=k,
@@ -95,5 +100,7 @@ class Distillation:
         distill(self._context, desc)
 
     def loss(self) -> torch.Tensor:
-        """The loss over the layers that were added, a scalar; its gradient reaches ``q``, ``k`` and ``weights``."""
-        return _Loss.apply(*self._inputs, self._loss, self._grads)
+        """The loss over the layers that were added, a scalar; its gradient reaches ``q``, ``k`` and ``weights``. Once:
+        autograd holds what was accumulated."""
+        grads, self._grads = self._live(), None
+        return _Loss.apply(*self._inputs, self._loss, grads)
