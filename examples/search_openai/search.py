@@ -180,7 +180,9 @@ class Restarted:
         deadline = time.monotonic() + self.options.start_timeout
         while True:
             try:
-                socket.create_connection((place.hostname, place.port or (443 if place.scheme == "https" else 80)), timeout=10).close()
+                socket.create_connection(
+                    (place.hostname, place.port or (443 if place.scheme == "https" else 80)), timeout=10
+                ).close()
             except OSError:
                 return
             if time.monotonic() > deadline:
@@ -227,12 +229,12 @@ def run(options, server):
         model=options.fingerprint,
         calibration="sha256:" + hashlib.sha256(tokens).hexdigest(),
         row_lengths=[len(row) for row in rows],
-        pinned=options.pin,
+        pinned=options.pinned,
         stages=options.stages,
         method=ix.SEARCH_LAZY if options.lazy else ix.SEARCH_GREEDY,
         few=options.lazy,
-        target_full_layers=options.target,
-        swap_full_layers=options.swaps,
+        target_full_layers=options.target_full_layers,
+        swap_full_layers=options.swap_full_layers,
     )
     search = ix.Search.resume(desc, options.journal) if options.journal.exists() else ix.Search(desc)
     search.save(options.journal)
@@ -277,11 +279,11 @@ def parse(arguments):
     add("--journal", type=Path, required=True, metavar="FILE", help="the search so far; begun if it does not exist")
     add("--out", type=Path, required=True, metavar="FILE", help="the result, as JSON")
     add("--reload", metavar="URL", help="where a running server takes its pattern")
-    add("--pin", type=layers, default=[], metavar="L,L", help="layers that stay Full, besides layer 0")
+    add("--pinned", type=layers, default=[], metavar="L,L", help="layers that stay Full, besides layer 0")
     add("--stages", type=layers, default=[], metavar="L,L", help="first layers of pipeline stages")
     add("--lazy", type=int, default=0, metavar="FEW", help="try only so many flips at most steps")
-    add("--target", type=int, default=0, metavar="N", help="Full layers to stop at")
-    add("--swaps", type=int, default=0, metavar="N", help="refine the pattern of N Full layers by exchanges")
+    add("--target-full-layers", type=int, default=0, metavar="N", help="Full layers to stop at")
+    add("--swap-full-layers", type=int, default=0, metavar="N", help="refine the pattern of N Full layers by exchanges")
     add("--start-timeout", type=float, default=1800, metavar="S", help="limit for a start or a reload [1800]")
     add("--request-timeout", type=float, default=600, metavar="S", help="limit for one row [600]")
     options = parser.parse_args(arguments)

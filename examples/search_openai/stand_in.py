@@ -27,7 +27,8 @@ def logprob(pattern, row, place, topk=4):
     return base - cost * (1 + row[place] % 3)
 
 
-# How it misbehaves: {"log": FILE, "fault": NAME, "at": N, "once": BOOL, "worker": BOOL}. The log has a line for each start and each row asked for.
+# How it misbehaves: {"log": FILE, "fault": NAME, "at": N, "once": BOOL, "worker": BOOL}. The log has a line for each start
+# and for each row asked for.
 SETTINGS = json.loads(os.environ.get("STAND_IN", "{}"))
 
 
@@ -58,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "busy" and once():
             return self.answer(503, {"error": "busy"})
-        if body["model"] != "stand-in":
+        if body["model"] != self.server.model:
             return self.answer(404, {"error": {"message": f"The model `{body['model']}` does not exist."}})
         row, pattern = body["prompt"], self.server.pattern
         if fault == "pattern ignored":
@@ -118,6 +119,7 @@ def once():
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("command", nargs="*")  # "serve" and the model, as `vllm` has them.
+    parser.add_argument("--served-model-name", default="stand-in")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--hf-overrides", type=json.loads, default={})
     options = parser.parse_args()
@@ -129,7 +131,7 @@ def main():
     if SETTINGS.get("fault") == "no start":
         sys.exit("out of memory, say")
     server = ThreadingHTTPServer(("127.0.0.1", options.port), Handler)
-    server.pattern = pattern
+    server.pattern, server.model = pattern, options.served_model_name
     record("start", pattern)
     server.serve_forever()
 

@@ -48,7 +48,7 @@ class Driver:
             self.port = s.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
-        self.journal, self.out, self.log = folder / "journal.jsonl", folder / "result.json", folder / "server.txt"
+        self.journal, self.out, self.log = folder / "search.jsonl", folder / "result.json", folder / "server.txt"
 
     def start(self, *extra, serve=True, model="stand-in", fingerprint="rev 1", **settings):
         command = [sys.executable, str(HERE / "search.py"), "--layers", str(LAYERS), "--topk", str(TOPK)]
@@ -126,6 +126,25 @@ def test_finds_what_a_plain_loop_finds(driver):
     assert driver.run()[:2] == (0, stdout) and len(driver.lines("start")) == EVALUATIONS
 
 
+def test_the_command_of_the_guide(driver):
+    """As docs/search.md has it, but for the sizes, the port and what `vllm` is."""
+    guide = (HERE.parents[1] / "docs/search.md").read_text(encoding="utf-8")
+    (code,) = [b.partition("```")[0] for b in guide.split("```sh\n")[1:] if "vllm serve" in b.partition("```")[0]]
+    for told, used in (("--layers 61", f"--layers {LAYERS}"), ("--topk 2048", f"--topk {TOPK}"), ("--target-full-layers 16", ""),
+                       ("8000", str(driver.port)), ("python ", f"{sys.executable} ")):  # fmt: skip
+        assert told in code
+        code = code.replace(told, used)
+    (driver.folder / "examples").symlink_to(HERE.parent)
+    vllm = driver.folder / "bin/vllm"
+    vllm.parent.mkdir()
+    vllm.write_text(f'#!/bin/sh\nexec {sys.executable} {HERE / "stand_in.py"} "$@"\n')
+    vllm.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{vllm.parent}:{os.environ['PATH']}"}
+    ran = subprocess.run(["sh", "-euc", code], cwd=driver.folder, env=environment, stderr=subprocess.PIPE, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert [(s["pattern"], s["loss"]) for s in driver.result()["steps"]] == plain_greedy()
+
+
 def test_a_server_that_takes_patterns_while_it_runs(driver):
     command = [sys.executable, str(HERE / "stand_in.py"), "--port", str(driver.port)]
     server = subprocess.Popen(command)
@@ -140,7 +159,7 @@ def test_a_server_that_takes_patterns_while_it_runs(driver):
 
 
 def test_strategies_reach_the_search(driver):
-    options = ["--pin", "3", "--stages", "0,2", "--lazy", "1", "--target", "4", "--swaps", "4"]
+    options = ["--pinned", "3", "--stages", "0,2", "--lazy", "1", "--target-full-layers", "4", "--swap-full-layers", "4"]
     status, _, stderr = driver.run(*options)
     assert status == 0, stderr
     result = driver.result()

@@ -119,3 +119,16 @@ pub fn assert_soname_and_nodelete(library: &Path) {
     assert!(text.contains("Library soname: [libindexcache.so.0]"), "{text}");
     assert!(text.contains("NODELETE"), "{text}");
 }
+
+/// The one block of code in a Markdown file that has this language and this word.
+pub fn code_block(file: &str, language: &str, word: &str) -> String {
+    let text = std::fs::read_to_string(root().join(file)).unwrap();
+    let fence = format!("```{language}\n");
+    let blocks = text.split(&fence).skip(1);
+    let blocks = blocks.filter_map(|b| b.split("```").next().filter(|code| code.contains(word)));
+    let found: Vec<&str> = blocks.collect();
+    let [block] = found[..] else {
+        panic!("{file}: {} {language} blocks with {word:?}", found.len())
+    };
+    block.into()
+}
