@@ -11,7 +11,7 @@ use indexcache::fp8;
 use indexcache::layout::Workspace;
 use indexcache::ops::*;
 use indexcache::plan::{Indexers, Model, Pattern, Plan, Spelling};
-use indexcache::tensor::{Device, Element, F8E4M3, Tensor, dense_strides};
+use indexcache::tensor::{DType, Device, Element, F8E4M3, Tensor, dense_strides};
 use std::cell::RefCell;
 use std::io::Write;
 use std::sync::Arc;
@@ -954,6 +954,35 @@ fn asking_for_cuda_is_answered_clearly() {
             assert_eq!(auto.device(), Device::Cuda(0));
             let e = Context::new(BackendChoice::Cuda(4096), 1, || ()).unwrap_err();
             assert_eq!(e.status, Status::NoDevice);
+            // What only the CPU does so far.
+            let float = |name, shape: &[usize]| {
+                let strides = dense_strides(shape);
+                let strides = &strides[..shape.len()];
+                Tensor::without_data(name, c.device(), DType::F32, shape, strides).unwrap()
+            };
+            let args = DistillArgs {
+                q: float("q", &[2, 1, 16]),
+                k: float("k", &[4, 16]),
+                weights: float("weights", &[2, 1]),
+                row_start: None,
+                row_end: None,
+                indices: None,
+                target: Some(float("target", &[2, 4])),
+                attention_q: None,
+                kv: None,
+                lse: None,
+                softmax_scale: 0.0,
+                layer_weight: 1.0,
+                loss: float("loss", &[1]),
+                grad_q: None,
+                grad_k: None,
+                grad_weights: None,
+            };
+            let op = args.check().unwrap();
+            let e = c.distill_workspace(&op).unwrap_err();
+            assert_eq!(e.status, Status::Unsupported);
+            assert!(e.message.contains("CPU backend"), "{e}");
+            assert_eq!(c.distill(&op, (&mut [][..]).into()), Err(e));
         }
         Err(e) => {
             assert!(matches!(e.status, Status::NoDevice | Status::NoKernelImage), "{e}");
