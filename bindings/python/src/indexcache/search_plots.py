@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, SymmetricalLogLocator
 from matplotlib.transforms import Bbox
 
 REPORT = "indexcache-search-report/1"
@@ -150,6 +150,11 @@ def blocks(pattern: str) -> List[Tuple[int, int]]:
     return list(zip(full, [*full[1:], len(pattern)]))
 
 
+def _plain(value: float, _: object = None) -> str:
+    """A number without an exponent."""
+    return f"{value:.12f}".rstrip("0").rstrip(".")
+
+
 def _ticks(layers: int) -> List[int]:
     return list(range(0, layers, 1 if layers <= 24 else 5 if layers <= 50 else 10))
 
@@ -203,17 +208,21 @@ def _place_labels(axes: Axes, curves: Sequence[Curve]) -> None:
         for (series, _), m in zip(curves, marks)
     ]
     taken: List[Bbox] = []
-    for index, (series, points) in enumerate(curves):
+    leaders = np.empty((0, 2))
+    # The fewer its points, the fewer the places for its name.
+    for index in sorted(range(len(curves)), key=lambda i: len(curves[i][1])):
+        series, points = curves[index]
         color = "0.3" if series.label == "random" else series.color
         label = axes.annotate(series.label, points[0], (0, 0), textcoords="offset points", color=color)
         size = np.array(label.get_window_extent().size)
         rest = np.concatenate([cloud for at, cloud in enumerate(clouds) if at != index] or [np.empty((0, 2))])
+        lines = np.concatenate([rest, leaders])
         best: Tuple[float, Any] = (math.inf, None)
         for at, anchor in enumerate(marks[index]):
             if at == 0 and series.line:
                 continue  # All-Full, where all curves start.
             # A name at a point that curves share would be anybody's.
-            shared = 400.0 * (_within(Bbox([anchor, anchor]).padded(6 * point), rest) > 0)
+            shared = 60.0 * (_within(Bbox([anchor, anchor]).padded(6 * point), rest) > 0)
             for radius in (6, 12, 20, 32, 46, 64):
                 for angle in np.arange(16) * np.pi / 8:
                     way = np.array([np.cos(angle), np.sin(angle)])
@@ -226,11 +235,13 @@ def _place_labels(axes: Axes, curves: Sequence[Curve]) -> None:
                         continue
                     near = np.clip(anchor, room.p0, room.p1)
                     leader = np.linspace(anchor, near, 12)[2:]
+                    if any(_within(other, leader) for other in taken):
+                        continue
                     cost = shared + radius / 4 + 20.0 * _within(room.padded(2 * point), clouds[index])
-                    cost += 20.0 * _within(room.padded(4 * point), rest)
+                    cost += 20.0 * _within(room.padded(4 * point), lines)
                     if cost >= best[0]:
                         continue
-                    cost += 10.0 * sum(_within(Bbox([p, p]).padded(3 * point), rest) > 0 for p in leader)
+                    cost += 30.0 * sum(_within(Bbox([p, p]).padded(3 * point), lines) > 0 for p in leader)
                     if cost < best[0]:
                         best = (cost, (points[at], low - anchor, near - anchor, room))
         label.remove()
@@ -238,10 +249,12 @@ def _place_labels(axes: Axes, curves: Sequence[Curve]) -> None:
         box: Optional[Bbox]
         where, low, near, box = best[1] or (points[-1], np.array([-size[0], 6 * point]), np.zeros(2), None)
         text = axes.annotate(
-            series.label, where, low / point, textcoords="offset points", color=color, gid=f"label-{series.label}"
+            series.label, where, low / point, textcoords="offset points", color=color, ha="left", va="bottom"
         )  # fmt: skip
         text.set_path_effects([patheffects.withStroke(linewidth=2, foreground="white")])
         if np.hypot(*near) > 9 * point:
+            start = axes.transData.transform(np.array([where], dtype=float))
+            leaders = np.concatenate([leaders, start + np.linspace(0, 1, 30)[:, None] * near])
             line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
             axes.annotate("", where, near / point, textcoords="offset points", arrowprops=line)
         taken.append(box or text.get_window_extent())
@@ -302,8 +315,19 @@ def loss_figure(reports: Sequence[Report]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         axes.set_xlim(n + 0.03 * n, 1 - 0.05 * n)
         axes.margins(y=0.12)
-    spread = f"\nmean and range of {len(reports)} reports" if len(reports) > 1 else ""
-    every[0].set_ylabel(f"rise over all Full ({reports[0].unit}){spread}")
+    # From nearly nothing to the largest rise: two decades, and linear below them because rises may be negative.
+    rises = [abs(y) for curves in drawn for _, points in curves for _, y in points]
+    top = math.floor(math.log10(max([*rises, 1e-9])))
+    linear = 10.0 ** (top - 2)
+    for axes in every:
+        axes.set_yscale("symlog", linthresh=linear, linscale=0.6)
+        axes.set_yticks([0.0, *(10.0**k for k in range(top - 2, top + 1))])
+        axes.yaxis.set_major_formatter(_plain)
+        axes.yaxis.set_minor_locator(SymmetricalLogLocator(base=10, linthresh=linear, subs=list(range(2, 10))))
+    notes = [f"linear up to {_plain(linear)}"]
+    if len(reports) > 1:
+        notes.append(f"mean and range of {len(reports)} reports")
+    every[0].set_ylabel(f"rise over all Full ({reports[0].unit})\n{'; '.join(notes)}")
     for axes, curves in zip(every, drawn):
         _place_labels(axes, curves)
     return figure
@@ -324,7 +348,7 @@ def sensitivity_figure(reports: Sequence[Report]) -> Figure:
     values = [abs(r["rise"]) for report in reports for r in report.sensitivity if r["rise"]]
     if values:
         axes.set_ylim(10 ** math.floor(math.log10(min(values)) - 0.01), 10 ** math.ceil(math.log10(max(values)) + 0.01))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.12f}".rstrip("0").rstrip(".")))
+    axes.yaxis.set_major_formatter(_plain)
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
