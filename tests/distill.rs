@@ -427,6 +427,25 @@ fn loss_and_gradients() {
     }
 }
 
+/// A sum in f32 of these products is 0 or has the wrong sign; the derivative goes by the true one.
+#[test]
+fn products_that_cancel_keep_their_sign() {
+    let cpu = Cpu::new(1).unwrap();
+    for (i, tiny) in [1e-4f32, -1e-4].into_iter().enumerate() {
+        let mut case = Case::new(60 + i as u64, &[12], Values::F32, false, true);
+        for (row, key) in [(4, 0), (7, 3), (11, 11)] {
+            let (q, k) = (row * 3 * 21, key * 21);
+            case.q[q..q + 21].fill(0.0);
+            case.k[k..k + 21].fill(0.0);
+            case.q[q..q + 3].copy_from_slice(&[1e4, 1.0, 1.0]);
+            case.k[k..k + 3].copy_from_slice(&[1.0, -1e4, tiny]);
+        }
+        // Of others, no huge scores.
+        case.w.iter_mut().for_each(|w| *w *= 1e-3);
+        case.compare(&case.run(&cpu));
+    }
+}
+
 /// Up to the largest, and around the widths that the code works in.
 #[test]
 fn shapes() {

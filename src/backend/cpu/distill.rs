@@ -64,6 +64,8 @@ struct Shared<'a> {
 struct Worker<'a> {
     /// `[heads][stride]`, zero-padded, as all that have a stride.
     q: &'a mut [f32],
+    /// `[heads]`: lengths of the queries.
+    lengths: &'a mut [f32],
     /// `[KEYS][stride]`.
     tile: &'a mut [f32],
     /// `[heads][KEYS]`: products, then coefficients of keys.
@@ -90,6 +92,7 @@ fn lay_worker<'a>(b: &mut Bump<'a>, op: &Distill<'_>) -> Worker<'a> {
     let attention_stride = d_qk.next_multiple_of(64);
     Worker {
         q: b.take(op.heads * stride),
+        lengths: b.take(op.heads),
         tile: b.take(KEYS * stride),
         d: b.take(op.heads * KEYS),
         c: b.take(KEYS * MAX_HEADS),
@@ -289,6 +292,48 @@ impl Worker<'_> {
         (scores, ok & finite(&scores[..n]))
     }
 
+    /// Measures the row's queries, for [`Worker::settle`].
+    ///
+    /// # Safety
+    /// As [`Worker::scores`].
+    #[inline(always)]
+    unsafe fn measure<S: Simd>(&mut self) {
+        for (q, out) in self.q.chunks_exact(self.stride).zip(&mut *self.lengths) {
+            // SAFETY: whole vectors.
+            *out = unsafe { length::<S>(q) };
+        }
+    }
+
+    /// Computes products of the first `n` keys again where rounding may have taken their sign: the derivative jumps
+    /// at 0, so there a last bit would be worth a whole term.
+    ///
+    /// # Safety
+    /// As [`Worker::scores`], after the products and [`Worker::measure`].
+    #[inline(always)]
+    unsafe fn settle<S: Simd>(&mut self, n: usize) {
+        // Twice what as many roundings come to.
+        let roundings = (self.stride / 16 + 5) as f32;
+        let mut limits = [0.0f32; KEYS];
+        for (limit, key) in limits[..n].iter_mut().zip(self.tile.chunks_exact(self.stride)) {
+            // SAFETY: whole vectors.
+            *limit = roundings * f32::EPSILON * unsafe { length::<S>(key) };
+        }
+        let rows = self.q.chunks_exact(self.stride).zip(&*self.lengths);
+        for ((q, &length), d) in rows.zip(self.d.chunks_exact_mut(KEYS)) {
+            let near = |d: f32, limit: f32| d.abs() < length * limit;
+            let any = d[..n].iter().zip(&limits).fold(false, |any, (&d, &l)| any | near(d, l));
+            if any {
+                let keys = self.tile.chunks_exact(self.stride);
+                for ((d, &limit), key) in d[..n].iter_mut().zip(&limits).zip(keys) {
+                    if near(*d, limit) {
+                        let terms = q.iter().zip(key).map(|(&a, &b)| f64::from(a) * f64::from(b));
+                        *d = terms.sum::<f64>() as f32;
+                    }
+                }
+            }
+        }
+    }
+
     /// Attention's scores less the row's log-sum-exp for these keys (-inf after them); the largest, and whether all
     /// are finite. Nothing for a given target.
     ///
@@ -354,6 +399,23 @@ impl Worker<'_> {
             },
         }
         p
+    }
+}
+
+/// Length of a vector of whole sixteens.
+///
+/// # Safety
+/// The instruction set is there.
+#[inline(always)]
+unsafe fn length<S: Simd>(x: &[f32]) -> f32 {
+    // SAFETY: sixteen elements from each of these.
+    unsafe {
+        let mut sum = S::splat(0.0);
+        for x in x.chunks_exact(16) {
+            let x = S::load(x.as_ptr());
+            sum = S::fma(x, x, sum);
+        }
+        S::sum(sum).sqrt()
     }
 }
 
@@ -470,12 +532,15 @@ impl Kernel for OfRow<'_> {
             }
             if !any {
                 w.load_row(op, row, true);
+                // SAFETY: by contract.
+                unsafe { w.measure::<S>() };
                 w.grad[..op.heads * stride].fill(0.0);
                 any = true;
             }
             // SAFETY: by contract.
             let (scores, p) = unsafe {
                 let (scores, _) = w.scores::<S>(op, row, &positions.key[..n]);
+                w.settle::<S>(n);
                 w.attend::<S>(op, row, &positions.key[..n]);
                 (scores, w.target::<S>(op, row, &positions.column[..n], found.shift))
             };
@@ -565,6 +630,8 @@ impl<'g, G: Fn(usize) -> &'g [f32]> Kernel for OfKeys<'_, G> {
             // SAFETY: by contract.
             unsafe {
                 Scores { q: w.q, tile: w.tile, p: w.d, stride }.run::<S>(op.heads, n, op.dim);
+                w.measure::<S>();
+                w.settle::<S>(n);
             }
             for (h, (d, weight)) in w.d.chunks_exact(KEYS).zip(op.weights.row(&[row])).enumerate() {
                 for (i, &j) in at[..n].iter().enumerate() {
