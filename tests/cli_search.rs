@@ -226,7 +226,7 @@ const SMALL: &str = "--rows 3..5 --held-out-rows 2";
 fn a_search_and_its_report() {
     let folder = folder("whole", 150);
     let (status, stdout, stderr) =
-        run(&folder, &format!("{SMALL} --target-full-layers 9 --swap-full-layers 10"));
+        run(&folder, &format!("{SMALL} --target-full-layers 9 --swap-full-layers 9"));
     assert_eq!((status, stderr.as_str()), (0, ""), "quiet where nobody watches");
     let outcome: Value = serde_json::from_str(&result(&folder, "result.json")).unwrap();
     let report: Value = serde_json::from_str(&result(&folder, "report.json")).unwrap();
@@ -285,10 +285,10 @@ fn a_search_and_its_report() {
         let uniform = baselines::uniform(full, LAYERS).unwrap().to_string();
         assert_eq!(of("uniform", full)[0]["pattern"], uniform);
         assert_eq!(of("similarity", full).len(), 1);
-        assert_eq!(of("greedy+swaps", full).len(), usize::from(full == 10));
+        assert_eq!(of("greedy+swaps", full).len(), usize::from(full == 9));
     }
-    let refined = of("greedy+swaps", 10)[0]["calibration_loss"].as_f64().unwrap();
-    assert!(refined <= steps[1]["loss"].as_f64().unwrap());
+    let refined = of("greedy+swaps", 9)[0]["calibration_loss"].as_f64().unwrap();
+    assert!(refined < steps[2]["loss"].as_f64().unwrap(), "an exchange helped");
 
     let all_full = outcome["all_full_loss"].as_f64().unwrap();
     let sensitivity = report["sensitivity"].as_array().unwrap();
@@ -318,7 +318,7 @@ fn a_search_and_its_report() {
     // Once more, with nothing left to do but the report.
     let before = result(&folder, "result.json");
     let (status, stdout, _) =
-        run(&folder, &format!("{SMALL} --target-full-layers 9 --swap-full-layers 10 --json"));
+        run(&folder, &format!("{SMALL} --target-full-layers 9 --swap-full-layers 9 --json"));
     assert_eq!(status, 0);
     assert_eq!(stdout, result(&folder, "report.json"));
     assert_eq!(before, result(&folder, "result.json"));
@@ -362,9 +362,15 @@ fn killed_at_random_moments_it_ends_with_the_same_result() {
 
     let killed = folder("killed", 140);
     let journal = killed.join("out/journal.jsonl");
-    let lines = || std::fs::read(&journal).map_or(0, |b| b.iter().filter(|b| **b == b'\n').count());
+    let kept = || {
+        let mut bytes = std::fs::read(&journal).unwrap_or_default();
+        bytes.truncate(bytes.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1));
+        String::from_utf8(bytes).unwrap()
+    };
+    let lines = || kept().lines().count();
     let mut random = Random(2026);
     for _ in 0..10 {
+        let before = kept();
         let stop = lines() + random.below(10);
         let mut child = start(&killed, arguments);
         while lines() < stop && child.try_wait().unwrap().is_none() {
@@ -373,6 +379,7 @@ fn killed_at_random_moments_it_ends_with_the_same_result() {
         sleep(Duration::from_millis(random.below(40) as u64));
         child.kill().unwrap();
         child.wait().unwrap();
+        assert!(kept().starts_with(&before), "it went on from there");
     }
     assert!(!killed.join("out/result.json").exists(), "killed before the end");
     assert!((5..60).contains(&lines()), "killed on the way: {} lines", lines());

@@ -24,9 +24,9 @@ impl<'a> Rows<'a> {
     /// Mean bits per byte. States behind the first `keep` layers, which the patterns to come share, are kept.
     pub fn loss(&mut self, pattern: &Pattern, keep: usize) -> Result<f64> {
         let model = self.model;
-        // With nothing kept yet, whatever comes next will begin like this pattern or be no worse off.
         let first = self.rows.first().map_or(0, |(_, prefix)| prefix.shared(pattern));
-        let keep = if first == 0 { model.layers() } else { keep };
+        // With nothing kept yet, all that a later pattern may share.
+        let keep = if first == 0 { model.layers() - 1 } else { keep };
         let rows = self.rows.par_iter_mut();
         let bits = rows.map(|(text, prefix)| model.bits(text, pattern, prefix, keep));
         let bits: Vec<f64> = bits.collect::<Result<_>>()?;
