@@ -179,8 +179,8 @@ fn complete(search: &mut Search, model: &Model, texts: &[&[u8]]) -> Result<Time,
     let mut best: Option<(Pattern, f64)> = None;
     while let Some(Candidate { pattern, base, first_changed_layer }) = search.next().cloned() {
         let lowest = best.filter(|(of, _)| *of == base).map(|(_, loss)| loss);
-        let shown = lowest.map_or(String::new(), |loss| format!(", best of this step {loss:.4}"));
-        bar.set_message(format!("{pattern}{shown}"));
+        let shown = lowest.map_or(String::new(), |loss| format!("best {loss:.4}, now "));
+        bar.set_message(format!("{shown}{pattern}"));
         let loss = rows.loss(&pattern, first_changed_layer as usize)?;
         search.report(&pattern, loss)?;
         best = Some((base, lowest.map_or(loss, |lowest| lowest.min(loss))));
@@ -195,7 +195,7 @@ fn complete(search: &mut Search, model: &Model, texts: &[&[u8]]) -> Result<Time,
 /// Drawn if standard error is a terminal.
 fn bar(what: &'static str, length: u64) -> ProgressBar {
     let style =
-        ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len}, {eta} left  {wide_msg}")
+        ProgressStyle::with_template("{prefix} {bar:16} {pos}/{len}, {eta} left  {wide_msg}")
             .unwrap_or_else(|_| ProgressStyle::default_bar());
     let bar = ProgressBar::new(length).with_style(style).with_prefix(what);
     bar.enable_steady_tick(Duration::from_secs(1));
