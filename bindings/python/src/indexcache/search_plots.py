@@ -321,6 +321,7 @@ def loss_figure(reports: Sequence[Report]) -> Figure:
     linear = 10.0 ** (top - 2)
     for axes in every:
         axes.set_yscale("symlog", linthresh=linear, linscale=0.6)
+        axes.set_ylim(min(axes.get_ylim()[0], -0.9 * linear))  # Names fit below the flat part.
         axes.set_yticks([0.0, *(10.0**k for k in range(top - 2, top + 1))])
         axes.yaxis.set_major_formatter(_plain)
         axes.yaxis.set_minor_locator(SymmetricalLogLocator(base=10, linthresh=linear, subs=list(range(2, 10))))
