@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import indexcache as ix
 
-GUIDE = (Path(__file__).parents[3] / "docs/search.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[3] / "docs"
+GUIDE = (DOCS / "search.md").read_text(encoding="utf-8")
 LAYERS = 61
 
 
@@ -103,7 +106,8 @@ def test_starting_in_the_middle_changes_nothing():
 
 
 def test_the_table_of_costs():
-    lines = [line for line in GUIDE.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    section = GUIDE.partition("## What it costs")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ") and line[2].isdigit()]
     assert len(lines) == 3
     for line in lines:
         layers, *told = (int(cell) for cell in line.strip("| ").split("|"))
@@ -116,3 +120,32 @@ def test_the_table_of_costs():
             desc = ix.SearchDesc(layers=layers, topk=2048, model="m", calibration="c", row_lengths=[4096], **kw)
             assert ix.Search(desc).next().expected == number, (line, kw)
         assert told[0] == 1 + layers * (layers - 1) // 2 and len(told) == 5
+
+
+def test_the_small_model_s_numbers():
+    """Those of the reports that are beside the guide."""
+    reports = [json.loads(path.read_text()) for path in sorted((DOCS / "measured/search").glob("set-*.json"))]
+    assert len(reports) == 3
+    found = {}
+    for row in (row for report in reports for row in report["table"]):
+        found.setdefault((row["kind"], row["full_layers"]), set()).add(f"{row['held_out_loss']:.4f}")
+    section = GUIDE.partition("## What a small model shows")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    assert rows[0][1:] == ["all Full", "greedy", "similarity", "uniform"] and len(rows) == 7
+    for layers, *told in rows[2:]:
+        for kind, text in zip(("all-full", "greedy", "similarity", "uniform"), told):
+            numbers = sorted(found.get((kind, int(layers)), ())) if text or kind == "all-full" else []
+            assert text == "–".join(dict.fromkeys([*numbers[:1], *numbers[-1:]])), (layers, kind)
+    quarters = {report["result"]["patterns"]["1/4"]["pattern"] for report in reports}
+    assert quarters == {"FFSSSSSFSSSS"} and "`FFSSSSSFSSSS`" in section
+
+
+def test_the_pictures_are_of_those_reports(tmp_path):
+    plots = pytest.importorskip("indexcache.search_plots", reason="matplotlib was not found")
+    drawn = plots.draw(sorted((DOCS / "measured/search").glob("set-*.json")), tmp_path)
+    # The data byte for byte; the pictures' bytes depend on matplotlib's version.
+    for path in drawn:
+        committed = DOCS / "measured/search" / path.name
+        assert committed.exists()
+        if path.suffix == ".csv":
+            assert path.read_bytes() == committed.read_bytes()
