@@ -1,32 +1,14 @@
 //! The distillation loss and its gradients against plain f64: the formula, its derivative by hand, and differences.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+mod common;
+
+use common::data::Rng;
 use half::bf16;
 use indexcache::backend::cpu::{Cpu, Isa};
 use indexcache::error::Status;
 use indexcache::ops::{Distill, DistillArgs};
 use indexcache::tensor::{DType, Device, Tensor, dense_strides};
-
-struct Rng(u64);
-
-impl Rng {
-    fn bits(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-    fn below(&mut self, n: usize) -> usize {
-        (self.bits() >> 11) as usize % n
-    }
-    fn normal(&mut self) -> f32 {
-        let sum: f32 = (0..6).map(|_| (self.bits() >> 40) as f32 / (1u64 << 24) as f32).sum();
-        (sum - 3.0) * 1.414
-    }
-    fn normals(&mut self, n: usize) -> Vec<f32> {
-        (0..n).map(|_| self.normal()).collect()
-    }
-}
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Values {

@@ -3,6 +3,9 @@
 //! Without a GPU each test says so and passes. INDEXCACHE_GPU_SMALL=1 leaves out what takes long under a sanitizer.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+mod common;
+
+use common::data::{Rng, m, padded, t};
 use cudarc::driver::{result, sys};
 use half::bf16;
 use indexcache::cache::{Cache, CacheShape};
@@ -15,37 +18,6 @@ use indexcache::tensor::{DType, Device, Element, F8E4M3, Tensor, dense_strides};
 use std::cell::RefCell;
 use std::io::Write;
 use std::sync::Arc;
-
-struct Rng(u64);
-
-impl Rng {
-    fn bits(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-    fn below(&mut self, n: usize) -> usize {
-        (self.bits() >> 11) as usize % n
-    }
-    fn normal(&mut self) -> f32 {
-        let sum: f32 = (0..6).map(|_| (self.bits() >> 40) as f32 / (1u64 << 24) as f32).sum();
-        (sum - 3.0) * 1.414
-    }
-    fn normals(&mut self, n: usize) -> Vec<f32> {
-        (0..n).map(|_| self.normal()).collect()
-    }
-    fn halves(&mut self, n: usize) -> Vec<bf16> {
-        (0..n).map(|_| bf16::from_f32(self.normal())).collect()
-    }
-    fn shuffled(&mut self, n: usize) -> Vec<i32> {
-        let mut v: Vec<i32> = (0..n as i32).collect();
-        for i in (1..n).rev() {
-            v.swap(i, self.below(i + 1));
-        }
-        v
-    }
-}
 
 fn small() -> bool {
     std::env::var_os("INDEXCACHE_GPU_SMALL").is_some()
@@ -172,32 +144,6 @@ impl Drop for Gpu {
             // SAFETY: allocated by `bytes`.
             unsafe { result::free_sync(p) }.unwrap();
         }
-    }
-}
-
-fn t<'a, T: Element>(name: &'static str, data: &'a [T], shape: &[usize]) -> Tensor<'a> {
-    Tensor::from_slice(name, data, shape).unwrap()
-}
-
-fn m<'a, T: Element>(name: &'static str, data: &'a mut [T], shape: &[usize]) -> Tensor<'a> {
-    Tensor::from_slice_mut(name, data, shape).unwrap()
-}
-
-/// A tensor with `pad` unused elements after each step of the first dimension.
-fn padded<'a, T: Element>(
-    name: &'static str,
-    data: &'a [T],
-    shape: &[usize],
-    pad: usize,
-) -> Tensor<'a> {
-    let mut strides = dense_strides(shape);
-    strides[0] += pad;
-    assert!(shape[0] * strides[0] <= data.len());
-    // SAFETY: within `data`, by the assert.
-    unsafe {
-        let ptr = data.as_ptr() as *mut u8;
-        Tensor::from_raw_parts(name, ptr, Device::Cpu, T::DTYPE, shape, &strides[..shape.len()])
-            .unwrap()
     }
 }
 

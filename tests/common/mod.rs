@@ -1,5 +1,7 @@
-//! What the tests that build C and C++ programs share.
+//! What tests share: building C and C++ programs here, the data of operations in `data`.
 #![allow(dead_code)] // Each test file uses its part.
+
+pub mod data;
 
 use std::collections::BTreeSet;
 use std::io::Write as _;
