@@ -138,6 +138,10 @@ class Context(_Owner):
         self._handle = _Handle(_abi.Context, lambda out: api.idxc_context_create(c, out), api.idxc_context_destroy)
         self._on_host = self.get_info().backend == BACKEND_CPU
 
+    def __deepcopy__(self, memo: Any) -> "Context":
+        """Itself: copies of what uses a context share it."""
+        return self
+
     def get_info(self) -> SimpleNamespace:
         """``backend, device_id, threads, isa``."""
         return _info(_abi.ContextInfo, lambda out: lib().idxc_context_get_info(self._handle, out))

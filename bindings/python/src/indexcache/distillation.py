@@ -9,12 +9,19 @@ added one by one, as their attention is computed, and memory does not grow with 
     training.loss().backward()
 """
 
-from typing import Any, Optional
+from typing import Any, Callable, Optional, Tuple
 
 import torch
 
-from ._calls import Context, distill
+from ._calls import Context, distill, distill_workspace
 from .descriptors import DistillDesc
+
+
+def scratch(device: torch.device, size: Callable[[], int]) -> Tuple[Optional[torch.Tensor], Optional[int]]:
+    """Workspace and stream of a call on ``device``: torch's current stream, on which its allocator orders reuse."""
+    if device.type != "cuda":
+        return None, None
+    return torch.empty(size(), dtype=torch.uint8, device=device), torch.cuda.current_stream(device).cuda_stream
 
 
 class _Loss(torch.autograd.Function):
@@ -37,8 +44,9 @@ class Distillation:
     """Loss of one Full layer's indexer over the layers that it serves.
 
     ``q``, ``k``, ``weights``, ``row_start``, ``row_end`` and ``indices`` are those of ``DistillDesc``: torch tensors in
-    memory of the context's device, used without a copy. Whichever of the first three require a gradient get one. They
-    must not change between the first ``add`` and ``loss``, which ends the object's use.
+    memory of the context's device, used without a copy and, on a GPU, on torch's current stream. Whichever of the first
+    three require a gradient get one. They must not change between the first ``add`` and ``loss``, which ends the object's
+    use.
     """
 
     def __init__(
@@ -97,7 +105,8 @@ class Distillation:
             layer_weight=layer_weight,
             **self._rows,
         )
-        distill(self._context, desc)
+        workspace, stream = scratch(q.device, lambda: distill_workspace(self._context, desc))
+        distill(self._context, desc, workspace, stream)
 
     def loss(self) -> torch.Tensor:
         """The loss over the layers that were added, a scalar; its gradient reaches ``q``, ``k`` and ``weights``. Once:
