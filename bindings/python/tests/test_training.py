@@ -200,17 +200,23 @@ def reference(family, model, pattern, dense, visible, tokens, **inputs):
 
 @family
 @pytest.mark.parametrize("warm_up", [True, False])
-@pytest.mark.parametrize("padded", [False, True])
-def test_loss_and_gradients_in_float64(context, family, warm_up, padded):
+@pytest.mark.parametrize("layout", ["whole", "padded", "packed"])
+def test_loss_and_gradients_in_float64(context, family, warm_up, layout):
     pattern = "FSSFFS"
     model = small(family, layers=6)
-    tokens = text()
-    mask = torch.ones_like(tokens)
-    if padded:  # On the left, and on the right.
+    tokens, inputs = text(), {}
+    visible = torch.ones(2, LENGTH, LENGTH, dtype=torch.bool).tril()
+    if layout == "padded":  # On the left, and on the right.
+        mask = torch.ones_like(tokens)
         mask[0, :7], mask[1, -9:] = 0, 0
-    visible = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril() & mask.bool()[:, None, :]
+        visible &= mask.bool()[:, None, :]
+        inputs["attention_mask"] = mask
+    elif layout == "packed":  # Two texts a row.
+        inputs["position_ids"] = positions = torch.arange(LENGTH).repeat(2, 1)
+        for row, first in enumerate((14, 30)):
+            positions[row, first:] -= first
+            visible[row, first:, :first] = False
     wrapped = IndexCacheModel(model, plan_of(pattern), context, warm_up=warm_up).train()
-    inputs = {"attention_mask": mask} if padded else {}
     wrapped(tokens, **inputs)
     loss = wrapped.indexer_loss()
     loss.backward()
