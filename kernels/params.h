@@ -212,3 +212,87 @@ struct Attention {
     int32_t reserved;
 };
 static_assert(sizeof(Attention) == 256, "params.rs");
+
+// Vectors for the tensor cores: bf16, padded with zeros; their planes add up to the values. In elements.
+struct Planes {
+    const void* data;
+    int64_t plane;
+    int64_t row;
+    int64_t head;
+};
+static_assert(sizeof(Planes) == 32, "params.rs");
+
+// Splits vectors [rows, heads, dim] into planes [padded_rows, padded_heads, padded_dim], and copies their `weights`. With
+// `flags`, what is not finite becomes 0 and its vector's flag NaN; else it stays what it is.
+struct DistillPack {
+    const void* from;
+    void* to;
+    float* flags;
+    const float* weights;
+    float* weights_to;
+    int64_t weights_row;
+    int64_t from_row;
+    int64_t from_head;
+    int64_t rows;
+    int64_t padded_rows;
+    int32_t heads;
+    int32_t padded_heads;
+    int32_t dim;
+    int32_t padded_dim;
+    int32_t type;
+    int32_t planes;
+};
+static_assert(sizeof(DistillPack) == 104, "params.rs");
+
+// Distillation of `count` rows from `first` on. Vectors of q and attention_q, and packed `weights`, count from `first`. `scores` and `targets`
+// are [count, width]: by key or, with `indices`, by column; `by_key` is `scores` or, with `indices`, [count, key_width].
+struct Distill {
+    KeyMap map;
+    Planes q;
+    Planes k;
+    Planes attention_q;
+    Planes kv;
+    const float* weights;
+    const float* lse;
+    const float* target;
+    const int32_t* indices;
+    float* loss;
+    float* grad_q;
+    float* grad_k;
+    float* grad_weights;
+    float* scores;
+    float* targets;
+    float* by_key;
+    float* partial;
+    float* q_flags;
+    float* k_flags;
+    double* row_loss;
+    int32_t* live;
+    int64_t lse_row;
+    int64_t target_row;
+    int64_t indices_row;
+    int64_t grad_q_row;
+    int64_t grad_q_head;
+    int64_t grad_k_row;
+    int64_t grad_weights_row;
+    int64_t rows;
+    int64_t first;
+    int64_t count;
+    int64_t keys;
+    int64_t columns;
+    int64_t topk;
+    int64_t width;
+    int64_t key_width;
+    int64_t parts;
+    int32_t score_pairs;
+    int32_t target_pairs;
+    int32_t heads;
+    int32_t padded_heads;
+    int32_t dim;
+    int32_t attention_heads;
+    int32_t attention_padded;
+    int32_t attention_dim;
+    float softmax_scale;
+    float layer_weight;
+};
+static_assert(sizeof(Distill) == 512, "params.rs");

@@ -264,19 +264,20 @@ impl Context {
     pub fn distill_workspace(&self, op: &Distill<'_>) -> Result<usize> {
         match &self.backend {
             Backend::Cpu(cpu) => Ok(op.workspace(cpu.threads())),
-            Backend::Cuda(_) => Err(distill_on_cuda()),
+            Backend::Cuda(cuda) => Ok(cuda.distill_workspace(op)),
         }
     }
 
     /// A distillation loss and its gradients.
-    pub fn distill(&self, op: &Distill<'_>, workspace: Workspace<'_>) -> Result<()> {
+    pub fn distill(
+        &self,
+        op: &Distill<'_>,
+        workspace: Workspace<'_>,
+        stream: Stream,
+    ) -> Result<()> {
         match &self.backend {
             Backend::Cpu(cpu) => cpu.distill(op, workspace.host()?),
-            Backend::Cuda(_) => Err(distill_on_cuda()),
+            Backend::Cuda(cuda) => cuda.distill(op, workspace, stream),
         }
     }
-}
-
-fn distill_on_cuda() -> Error {
-    Error::new(Status::Unsupported, "context: expected the CPU backend for distillation, got CUDA")
 }

@@ -6,6 +6,7 @@
 mod common;
 
 use common::data::{Rng, m, padded, t};
+use common::distill::{self, Case, Out, Values};
 use cudarc::driver::{result, sys};
 use half::bf16;
 use indexcache::cache::{Cache, CacheShape};
@@ -14,7 +15,7 @@ use indexcache::fp8;
 use indexcache::layout::Workspace;
 use indexcache::ops::*;
 use indexcache::plan::{Indexers, Model, Pattern, Plan, Spelling};
-use indexcache::tensor::{DType, Device, Element, F8E4M3, Tensor, dense_strides};
+use indexcache::tensor::{Device, Element, F8E4M3, Tensor};
 use std::cell::RefCell;
 use std::io::Write;
 use std::sync::Arc;
@@ -571,6 +572,47 @@ fn twenty_runs_on_two_streams_have_the_same_bits() {
     }
 }
 
+/// What was launched on a stream, to be launched again.
+struct Graph {
+    stream: sys::CUstream,
+    graph: sys::CUgraph,
+    exec: sys::CUgraphExec,
+}
+
+impl Graph {
+    fn capture(work: impl FnOnce(Stream)) -> Self {
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).unwrap();
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        let mut exec = std::ptr::null_mut();
+        // SAFETY: a stream of ours, from begin to end on this thread; then a whole graph.
+        unsafe {
+            result::stream::begin_capture(stream, mode).unwrap();
+            work(raw_stream(stream));
+            let graph = result::stream::end_capture(stream).unwrap();
+            sys::cuGraphInstantiateWithFlags(&raw mut exec, graph, 0).result().unwrap();
+            Graph { stream, graph, exec }
+        }
+    }
+
+    /// Everything that the work used must be alive.
+    fn replay(&self) {
+        // SAFETY: as said.
+        unsafe { result::graph::launch(self.exec, self.stream) }.unwrap();
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: ours; what runs is waited for.
+        unsafe {
+            result::stream::synchronize(self.stream).unwrap();
+            result::graph::exec_destroy(self.exec).unwrap();
+            result::graph::destroy(self.graph).unwrap();
+            result::stream::destroy(self.stream).unwrap();
+        }
+    }
+}
+
 #[test]
 fn a_captured_step_serves_other_lengths_and_tables() {
     let Some(g) = Gpu::open("capture") else { return };
@@ -586,18 +628,10 @@ fn a_captured_step_serves_other_lengths_and_tables() {
     let map = KeyMapArgs { row_end: None, ..args.map };
     let translate =
         IndicesToSlotsArgs { indices: out, map, page_size: PAGE, slots }.check().unwrap();
-    let stream = result::stream::create(result::stream::StreamKind::NonBlocking).unwrap();
-    // SAFETY: a stream of ours, from begin to end on this thread.
-    let graph = unsafe {
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        result::stream::begin_capture(stream, mode).unwrap();
-        g.gpu.select(&op, ws, raw_stream(stream)).unwrap();
-        g.gpu.indices_to_slots(&translate, raw_stream(stream)).unwrap();
-        result::stream::end_capture(stream).unwrap()
-    };
-    let mut exec = std::ptr::null_mut();
-    // SAFETY: a whole graph.
-    unsafe { sys::cuGraphInstantiateWithFlags(&raw mut exec, graph, 0) }.result().unwrap();
+    let graph = Graph::capture(|stream| {
+        g.gpu.select(&op, ws, stream).unwrap();
+        g.gpu.indices_to_slots(&translate, stream).unwrap();
+    });
     for lens in [[3000, 60, 65, 2000, 0], [64, 3001, 0, 1, 2900], [0, 0, 0, 0, 0], [2999; 5]] {
         ix.row_end = lens.to_vec();
         ix.table = rng.shuffled(ix.pages)[..ix.table.len()].to_vec();
@@ -605,8 +639,7 @@ fn a_captured_step_serves_other_lengths_and_tables() {
         g.set(&args.map.row_end.unwrap(), &ix.row_end);
         g.set(&args.map.block_table.unwrap(), &ix.table);
         g.set(&args.map.row_request.unwrap(), &ix.row_request);
-        // SAFETY: everything the graph uses is alive.
-        unsafe { result::graph::launch(exec, stream) }.unwrap();
+        graph.replay();
         let want = ix.select_on_cpu(&g, k);
         assert!(g.down(&out) == raw(&want), "{lens:?}");
         let mut host = vec![-7i32; ix.rows * k];
@@ -621,12 +654,6 @@ fn a_captured_step_serves_other_lengths_and_tables() {
         };
         g.cpu.indices_to_slots(&op.check().unwrap(), Stream::DEFAULT).unwrap();
         assert!(g.down(&slots) == raw(&host), "slots {lens:?}");
-    }
-    // SAFETY: ours, idle.
-    unsafe {
-        result::graph::exec_destroy(exec).unwrap();
-        result::graph::destroy(graph).unwrap();
-        result::stream::destroy(stream).unwrap();
     }
 }
 
@@ -889,6 +916,218 @@ fn the_callers_context_is_restored() {
     assert!(g.gpu.topk(&wrong.check().unwrap(), Stream::DEFAULT).is_err());
 }
 
+/// Part of the largest number that coefficients of 16 bits and the tensor cores' sums may cost.
+const CUT_OFF: f64 = 5e-6;
+
+/// A distillation on the device: what its outputs hold then.
+struct DistillOnGpu {
+    op: DistillArgs<'static>,
+    size: usize,
+}
+
+impl DistillOnGpu {
+    fn new(g: &Gpu, case: &Case) -> Self {
+        let (mut memory, mut out) = (distill::Memory::default(), case.zeros());
+        let a = case.args(&mut memory, &mut out, true);
+        let op = DistillArgs {
+            q: g.up(&a.q),
+            k: g.up(&a.k),
+            weights: g.up(&a.weights),
+            row_start: g.up_maybe(&a.row_start),
+            row_end: g.up_maybe(&a.row_end),
+            indices: g.up_maybe(&a.indices),
+            target: g.up_maybe(&a.target),
+            attention_q: g.up_maybe(&a.attention_q),
+            kv: g.up_maybe(&a.kv),
+            lse: g.up_maybe(&a.lse),
+            softmax_scale: a.softmax_scale,
+            layer_weight: a.layer_weight,
+            loss: g.up(&a.loss),
+            grad_q: g.up_maybe(&a.grad_q),
+            grad_k: g.up_maybe(&a.grad_k),
+            grad_weights: g.up_maybe(&a.grad_weights),
+        };
+        let size = g.gpu.distill_workspace(&op.check().unwrap()).unwrap();
+        DistillOnGpu { op, size }
+    }
+
+    fn add(&self, g: &Gpu, workspace: Workspace<'_>, stream: Stream) {
+        g.gpu.distill(&self.op.check().unwrap(), workspace, stream).unwrap();
+    }
+
+    fn out(&self, g: &Gpu) -> Out {
+        let of = |t: Option<Tensor<'_>>| floats(&g.down(&t.unwrap()));
+        let op = &self.op;
+        Out { loss: of(Some(op.loss)), q: of(op.grad_q), k: of(op.grad_k), w: of(op.grad_weights) }
+    }
+}
+
+fn distill_on_gpu(g: &Gpu, case: &Case) -> Out {
+    let on_gpu = DistillOnGpu::new(g, case);
+    on_gpu.add(g, g.workspace(on_gpu.size), Stream::DEFAULT);
+    on_gpu.out(g)
+}
+
+#[test]
+fn distillation_against_plain_f64() {
+    let Some(g) = Gpu::open("distillation") else { return };
+    for case in distill::kinds() {
+        let out = distill_on_gpu(&g, &case);
+        case.compare_with(CUT_OFF, &out);
+        assert!(distill_on_gpu(&g, &case) == out, "other bits");
+    }
+    // Up to the largest, around the widths that the code works in, and more than one chunk of rows.
+    let shapes: &[([usize; 4], &[usize])] = &[
+        ([1, 1, 1, 1], &[2, 35]),
+        ([4, 64, 4, 64], &[150, 1]),
+        ([9, 65, 7, 33], &[2, 35]),
+        ([32, 128, 16, 576], &[2, 35]),
+        ([33, 129, 65, 192], &[40, 9]),
+        ([128, 256, 128, 1024], &[2, 35]),
+        ([2, 16, 3, 64], &[700]),
+    ];
+    for (i, &(shape, lengths)) in shapes.iter().enumerate() {
+        if small() && i > 3 {
+            break;
+        }
+        for (values, restricted) in
+            [(Values::F32, false), (Values::Bf16, false), (Values::F32, true), (Values::Bf16, true)]
+        {
+            let mut case = Case::shaped(shape, 50 + i as u64, lengths, values, restricted, false);
+            // Scores of order 1, as models have them.
+            let [heads, dim, ..] = shape;
+            case.w.iter_mut().for_each(|w| *w *= 2.0 / ((heads * dim) as f32).sqrt());
+            case.compare_with(CUT_OFF, &distill_on_gpu(&g, &case));
+        }
+    }
+}
+
+/// Outputs are added to and optional, and one captured graph serves other lengths and values.
+#[test]
+fn distillation_outputs_and_graphs() {
+    let Some(g) = Gpu::open("distillation outputs") else { return };
+    let lengths = distill::RAGGED;
+    for restricted in [false, true] {
+        let case = Case::new(4, &lengths, Values::F32, restricted, true);
+        let once = DistillOnGpu::new(&g, &case);
+        let workspace = || g.workspace(once.size);
+        once.add(&g, workspace(), Stream::DEFAULT);
+        let first = once.out(&g);
+        // Each alone is what it is beside the others.
+        for which in 0..4 {
+            let mut alone = DistillOnGpu::new(&g, &case);
+            let all = alone.op;
+            alone.op.grad_q = all.grad_q.filter(|_| which == 1);
+            alone.op.grad_k = all.grad_k.filter(|_| which == 2);
+            alone.op.grad_weights = all.grad_weights.filter(|_| which == 3);
+            alone.add(&g, workspace(), Stream::DEFAULT);
+            alone.op = all;
+            let (out, mut want) = (alone.out(&g), case.zeros());
+            want.loss = first.loss.clone();
+            match which {
+                1 => want.q = first.q.clone(),
+                2 => want.k = first.k.clone(),
+                3 => want.w = first.w.clone(),
+                _ => {}
+            }
+            assert!(out == want, "{which}");
+        }
+        once.add(&g, workspace(), Stream::DEFAULT);
+        let twice = once.out(&g);
+        for (a, b) in [
+            (&first.loss, &twice.loss),
+            (&first.q, &twice.q),
+            (&first.k, &twice.k),
+            (&first.w, &twice.w),
+        ] {
+            let largest = a.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+            assert!(largest > 0.0);
+            assert!(a.iter().zip(b).all(|(a, b)| (2.0 * a - b).abs() <= 1e-6 * largest));
+        }
+
+        let captured = DistillOnGpu::new(&g, &case);
+        let memory = workspace();
+        let graph = Graph::capture(|stream| captured.add(&g, memory, stream));
+        graph.replay();
+        assert!(captured.out(&g) == first);
+        // Other lengths: the same rows, half of them shorter.
+        let mut other = Case::new(4, &lengths, Values::F32, restricted, true);
+        for (r, (end, &start)) in other.end.iter_mut().zip(&other.start).enumerate() {
+            let least =
+                1 + other.indices.as_ref().map_or(0, |v| *v[r * 9..][..9].iter().max().unwrap());
+            if r % 2 == 0 && *end - start > least {
+                *end -= (*end - start - least) / 2;
+            }
+        }
+        assert!(other.end != case.end);
+        g.set(&captured.op.row_end.unwrap(), &other.end);
+        for t in [
+            captured.op.loss,
+            captured.op.grad_q.unwrap(),
+            captured.op.grad_k.unwrap(),
+            captured.op.grad_weights.unwrap(),
+        ] {
+            g.set(&t, &vec![0.0f32; t.shape().iter().product()]);
+        }
+        graph.replay();
+        other.compare_with(CUT_OFF, &captured.out(&g));
+    }
+}
+
+/// What the CPU refuses makes the loss NaN here, and reaches no address.
+#[test]
+fn distillation_reports_what_it_cannot_use() {
+    let Some(g) = Gpu::open("distillation reports") else { return };
+    let reported = |given: bool, restricted: bool, change: &dyn Fn(&mut Case)| {
+        let mut case = Case::new(12, &[6, 9], Values::F32, restricted, given);
+        if let Some(v) = &mut case.indices {
+            v[8 * 9] = 0; // The row that is changed has a position.
+        }
+        change(&mut case);
+        assert!(
+            distill_on_gpu(&g, &case).loss[0].is_nan(),
+            "given {given} restricted {restricted}"
+        );
+    };
+    // Row 8 is the second of the second sequence, whose keys begin at 7.
+    reported(true, false, &|c| c.q[8 * 63 + 2] = f32::NAN);
+    reported(true, false, &|c| c.w[8 * 3] = f32::INFINITY);
+    reported(true, false, &|c| c.k[8 * 21] = f32::NEG_INFINITY);
+    reported(false, false, &|c| c.attention_q[8 * 200] = f32::NAN);
+    reported(false, true, &|c| c.lse[8 * 5 + 4] = f32::NEG_INFINITY);
+    reported(false, false, &|c| c.kv[7 * 40] = f32::NAN);
+    reported(false, false, &|c| {
+        c.attention_q[8 * 200..9 * 200].fill(1.0);
+        c.kv[8 * 40] = f32::NEG_INFINITY;
+    });
+    reported(true, false, &|c| {
+        let row = 8 * c.columns;
+        c.target.as_mut().unwrap()[row + 1] = f32::NAN;
+    });
+    reported(true, true, &|c| c.target.as_mut().unwrap()[8 * 9] = -0.5);
+    reported(true, false, &|c| {
+        let row = 8 * c.columns;
+        c.target.as_mut().unwrap()[row..row + 2].fill(0.0);
+    });
+    reported(true, false, &|c| {
+        c.q[8 * 63..9 * 63].fill(1e30);
+        c.k[7 * 21..8 * 21].fill(1e30);
+    });
+    reported(false, false, &|c| c.attention_q[8 * 200..9 * 200].fill(3e38));
+    for wrong in [2, -2, i32::MAX, i32::MIN] {
+        reported(true, true, &|c| c.indices.as_mut().unwrap()[8 * 9 + 1] = wrong);
+    }
+    for wrong in [18, i32::MAX] {
+        reported(true, false, &|c| c.end[8] = wrong);
+    }
+    for wrong in [-1, 18, i32::MIN, i32::MAX] {
+        reported(true, false, &|c| c.start[8] = wrong);
+    }
+    reported(true, false, &|c| {
+        (c.columns, c.target) = (8, Some(vec![1.0; 8 * c.rows()]));
+    });
+}
+
 /// Whatever this machine and build have: never a panic, and a text that says what is missing.
 #[test]
 fn asking_for_cuda_is_answered_clearly() {
@@ -900,35 +1139,6 @@ fn asking_for_cuda_is_answered_clearly() {
             assert_eq!(auto.device(), Device::Cuda(0));
             let e = Context::new(BackendChoice::Cuda(4096), 1, || ()).unwrap_err();
             assert_eq!(e.status, Status::NoDevice);
-            // What only the CPU does so far.
-            let float = |name, shape: &[usize]| {
-                let strides = dense_strides(shape);
-                let strides = &strides[..shape.len()];
-                Tensor::without_data(name, c.device(), DType::F32, shape, strides).unwrap()
-            };
-            let args = DistillArgs {
-                q: float("q", &[2, 1, 16]),
-                k: float("k", &[4, 16]),
-                weights: float("weights", &[2, 1]),
-                row_start: None,
-                row_end: None,
-                indices: None,
-                target: Some(float("target", &[2, 4])),
-                attention_q: None,
-                kv: None,
-                lse: None,
-                softmax_scale: 0.0,
-                layer_weight: 1.0,
-                loss: float("loss", &[1]),
-                grad_q: None,
-                grad_k: None,
-                grad_weights: None,
-            };
-            let op = args.check().unwrap();
-            let e = c.distill_workspace(&op).unwrap_err();
-            assert_eq!(e.status, Status::Unsupported);
-            assert!(e.message.contains("CPU backend"), "{e}");
-            assert_eq!(c.distill(&op, (&mut [][..]).into()), Err(e));
         }
         Err(e) => {
             assert!(matches!(e.status, Status::NoDevice | Status::NoKernelImage), "{e}");

@@ -708,14 +708,15 @@ unsafe fn distill_args<'a>(
     }
 }
 
-/// Bytes of workspace that `idxc_distill` needs for these shapes, or for smaller ones. They do not grow with the number
-/// of keys. Data pointers may be NULL.
+/// Bytes of workspace that `idxc_distill` needs for these shapes, or for smaller ones. On the CPU they do not grow with
+/// the number of keys; on CUDA they hold one or two float32 for each key (with `indices`: index, and key for `grad_k`) of
+/// 512 rows. Data pointers may be NULL.
 ///
 /// - Ownership: everything stays the caller's.
 /// - Threads: any.
 /// - Stream: none.
 /// - Graph capture: allowed; host only.
-/// - Errors: `IDXC_ERR_INVALID` (argument named), `IDXC_ERR_UNSUPPORTED` (a CUDA context).
+/// - Errors: `IDXC_ERR_INVALID` (argument named).
 ///
 /// # Safety
 /// Pointers are NULL or valid as described.
@@ -738,7 +739,7 @@ pub unsafe extern "C" fn idxc_distill_workspace(
 }
 
 /// Training-aware IndexCache: one served layer's part of the multi-layer distillation loss of a Full layer's indexer
-/// (arXiv 2603.12201, Eq. 1), and its gradients. CPU only so far.
+/// (arXiv 2603.12201, Eq. 1), and its gradients.
 ///
 /// With scores `I[t, s] = sum_h weights[t, h] * max(q[t, h]·k[s], 0)`, their softmax `Q[t] = softmax(I[t])` and the
 /// served layer's attention `P[t, s] = sum_h exp(softmax_scale * attention_q[t, h]·kv[s] - lse[t, h])`, divided by its
@@ -748,15 +749,16 @@ pub unsafe extern "C" fn idxc_distill_workspace(
 ///
 /// All outputs are added to. A Full layer that serves itself and `m` Shared layers is `m + 1` calls with its own `q`, `k`
 /// and `weights`, each as soon as that layer's attention is there, so memory does not grow with `m`; nor does it ever
-/// hold a number for each row and key. The same bits come out with every number of threads.
+/// hold a number for each row and key. The same bits come out every time, on the CPU with every number of threads.
 ///
-/// - Ownership: everything stays the caller's; `workspace` is scratch during the call.
+/// - Ownership: everything stays the caller's; `workspace` is scratch during the call (CUDA: until `stream` is done).
 /// - Threads: any; each call needs its own workspace and outputs.
-/// - Stream: none so far; ignored.
-/// - Graph capture: not allowed.
-/// - Errors: `IDXC_ERR_INVALID` (argument named; an index or range outside what the row sees, an input that is NaN or
-///   infinite where a row uses it, a target below 0 or without a sum, scores that overflow; nothing was written),
-///   `IDXC_ERR_BUFFER_TOO_SMALL` (workspace), `IDXC_ERR_UNSUPPORTED` (a CUDA context).
+/// - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
+/// - Graph capture: allowed.
+/// - Errors: `IDXC_ERR_INVALID` (argument named; CPU: an index or range outside what the row sees, an input that is NaN
+///   or infinite where a row uses it, a target below 0 or without a sum, scores that overflow; nothing was written),
+///   `IDXC_ERR_BUFFER_TOO_SMALL` (workspace). CUDA cannot refuse what is in device memory: it makes `loss` NaN, reaches
+///   no address, and the row that has it adds to no gradient.
 ///
 /// # Safety
 /// Pointers are NULL or valid as described.
@@ -768,14 +770,14 @@ pub unsafe extern "C" fn idxc_distill(
     workspace_size: usize,
     stream: *mut c_void,
 ) -> idxc_status {
-    let _ = stream; // No backend with streams has it so far.
     guard("idxc_distill", || {
         // SAFETY: by this function's contract.
-        let (context, op, workspace) = unsafe {
+        let (context, op, workspace, stream) = unsafe {
             let context = handle(context, "context")?;
             let op = distill_args(desc, Access::Elements)?.check()?;
-            (context, op, super::workspace(&context.0, workspace, workspace_size)?)
+            let workspace = super::workspace(&context.0, workspace, workspace_size)?;
+            (context, op, workspace, Stream::from_raw(stream))
         };
-        context.0.distill(&op, workspace)
+        context.0.distill(&op, workspace, stream)
     })
 }

@@ -1,7 +1,9 @@
-//! What tests share: building C and C++ programs here, the data of operations in `data`.
+//! What tests share: building C and C++ programs here, the data of operations in `data`, distillation in
+//! `distill`.
 #![allow(dead_code)] // Each test file uses its part.
 
 pub mod data;
+pub mod distill;
 
 use std::collections::BTreeSet;
 use std::io::Write as _;

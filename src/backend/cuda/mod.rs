@@ -2,6 +2,7 @@
 //!
 //! Nothing here waits, allocates or looks at device data: what the host cannot see, the kernels guard.
 
+mod distill;
 mod driver;
 mod images;
 mod params;
@@ -44,6 +45,7 @@ pub struct Cuda {
     overlap: Kernel,
     kv_write: Kernel,
     attention: Kernel,
+    distill: distill::Kernels,
 }
 
 /// Device memory of the library's own: int32, at first -1.
@@ -152,6 +154,7 @@ impl Cuda {
             overlap: kernel("indices", c"overlap", 0)?,
             kv_write: kernel("kv", c"kv_write", 0)?,
             attention: kernel("attention", c"attention", attention_shared(MAX_QK_DIM))?,
+            distill: distill::Kernels::load(&gpu)?,
             gpu,
         })
     }
