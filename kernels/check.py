@@ -74,8 +74,8 @@ def check(path, folder):
         return [f"{path}: expected a name that ends in one of {', '.join('_sm' + n for n in TARGETS)}"]
     want = declared(source, "Tensor cores")
     if not want:
-        return [f"{path}: the head comment has no line `// Tensor cores: …`"]
-    want = set() if want == "none" else set(re.findall(r"\w+", want))
+        wrong.append(f"{path}: the head comment has no line `// Tensor cores: …`")
+    want = set(re.findall(r"\w+", want or "none")) - {"none"}
     may_spill = declared(source, "May spill") or ""
     may_spill = set(re.findall(r"\w+", may_spill.partition("(")[0]))
 
