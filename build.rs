@@ -21,9 +21,9 @@ fn main() {
     }
 }
 
-/// Compiles `kernels/*.cu` and writes the table of images that `backend::cuda` embeds.
+/// Compiles the kernels and writes the tables of images: the library's, that `backend::cuda` embeds, and with feature
+/// `cli` those that `indexcache bench` measures ceilings with.
 fn kernels() -> Result<(), String> {
-    println!("cargo:rerun-if-changed=kernels");
     for name in ["INDEXCACHE_CUDA", "INDEXCACHE_CUDA_ARCHS", "CUDA_HOME", "PATH"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
@@ -39,14 +39,24 @@ fn kernels() -> Result<(), String> {
             return Err(format!("INDEXCACHE_CUDA: expected auto, require or off, got {other}"));
         }
     };
+    images(nvcc.as_deref(), "kernels", "cuda_images.rs")?;
+    if env::var_os("CARGO_FEATURE_CLI").is_some() {
+        images(nvcc.as_deref(), "src/bin/indexcache/bench/kernels", "bench_images.rs")?;
+    }
+    Ok(())
+}
+
+/// Compiles a folder's `*.cu`, if there is a compiler, and writes the table of their images.
+fn images(nvcc: Option<&Path>, folder: &str, table_file: &str) -> Result<(), String> {
+    println!("cargo:rerun-if-changed={folder}");
     let archs = env::var("INDEXCACHE_CUDA_ARCHS").unwrap_or_else(|_| "80;90a".into());
     let archs: Vec<&str> = archs.split([';', ',', ' ']).filter(|a| !a.is_empty()).collect();
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("no OUT_DIR")?);
 
     let mut table = String::from("pub(super) static IMAGES: &[Image] = &[\n");
     if let Some(nvcc) = nvcc {
-        let mut sources: Vec<PathBuf> = fs::read_dir("kernels")
-            .map_err(|e| format!("kernels: {e}"))?
+        let mut sources: Vec<PathBuf> = fs::read_dir(folder)
+            .map_err(|e| format!("{folder}: {e}"))?
             .filter_map(|f| Some(f.ok()?.path()))
             .filter(|f| f.extension().is_some_and(|e| e == "cu"))
             .collect();
@@ -56,7 +66,7 @@ fn kernels() -> Result<(), String> {
             let name =
                 source.file_stem().and_then(|n| n.to_str()).ok_or("a kernel without a name")?;
             let image = out.join(format!("{name}.fatbin"));
-            let Some((command, arch)) = compile(&nvcc, source, name, &archs, &image)? else {
+            let Some((command, arch)) = compile(nvcc, source, name, &archs, &image)? else {
                 continue;
             };
             running.push(command);
@@ -67,7 +77,8 @@ fn kernels() -> Result<(), String> {
         run(running)?;
     }
     table += "];\n";
-    fs::write(out.join("cuda_images.rs"), table).map_err(|e| format!("cuda_images.rs: {e}"))
+    let path = out.join(table_file);
+    fs::write(path, table).map_err(|e| format!("{table_file}: {e}"))
 }
 
 /// The command for one file. A name that ends in `_sm90` is code for that architecture alone; others run anywhere,

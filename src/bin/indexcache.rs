@@ -1,5 +1,7 @@
 //! Command line tool.
 
+#[path = "indexcache/bench/mod.rs"]
+mod bench;
 #[path = "indexcache/plan.rs"]
 mod plan;
 #[path = "indexcache/search/mod.rs"]
@@ -24,6 +26,9 @@ enum Command {
     Plan(plan::Command),
     /// Find out by loss, on a small model, which layers can reuse the indices of another.
     Search(search::Args),
+    /// Times the operations on this machine, against what it can do at most.
+    #[command(subcommand)]
+    Bench(bench::Command),
 }
 
 /// Why a command did not do its work.
@@ -50,6 +55,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Plan(command) => plan::run(&command),
         Command::Search(args) => search::run(&args),
+        Command::Bench(command) => bench::run(&command),
     };
     let (output, status) = match result {
         Ok(output) => (output, 0),
