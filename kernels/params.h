@@ -296,3 +296,32 @@ struct Distill {
     float layer_weight;
 };
 static_assert(sizeof(Distill) == 512, "params.rs");
+
+// The indexer on Hopper (indexer_sm90.cu). `prefix` and `sample_prefix` [rows + 1] count tiles of keys and of sampled
+// keys before each row; `size` [rows] is how many rows share a block, at its first row; `lead` [rows] is that row;
+// `again` [rows + 1] marks blocks to score once more, its last entry that there are any. Survivors of a row and CTA c
+// are list `row + rows of a block * c` of `capacity` entries.
+struct IndexerSm90 {
+    Indexer ix;
+    void* out;
+    int64_t out_row;
+    int64_t columns;
+    int32_t* prefix;
+    int32_t* sample_prefix;
+    int32_t* size;
+    int32_t* lead;
+    int32_t* again;
+    float* samples;
+    float* thresholds;
+    uint64_t* lists;
+    int32_t* counts;
+    int32_t out_type;
+    int32_t k;
+    int32_t capacity;
+    int32_t retry;
+    int32_t block_rows;
+    int32_t splits;
+    int32_t ctas;
+    int32_t reserved;
+};
+static_assert(sizeof(IndexerSm90) == 320, "params.rs");

@@ -10,6 +10,8 @@ use std::sync::OnceLock;
 
 /// Oldest driver that has all the functions used, as CUDA counts.
 const DRIVER: i32 = 12000;
+/// Oldest driver that can capture a launch which does not wait for the end of the one before.
+const EARLY_DRIVER: i32 = 12030;
 
 /// A status for a driver's answer.
 fn check(what: &str, result: CUresult) -> Result<()> {
@@ -72,6 +74,8 @@ pub(super) struct Gpu {
     pub sms: usize,
     /// Compute capability, as 90 for 9.0.
     pub capability: u32,
+    /// Kernels may start before the one in front of them has ended.
+    early: bool,
 }
 
 // SAFETY: CUDA contexts and modules may be used from any thread; each call makes the context current first.
@@ -141,10 +145,15 @@ impl Gpu {
             ));
         }
         let sms = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
+        let mut version = 0;
+        // SAFETY: writes one integer.
+        check("cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&raw mut version) })?;
+        let early = version >= EARLY_DRIVER;
         let (context, primary) = choose_context(device)?;
         let capability = 10 * major + minor;
         // From here on, dropping it gives back what it holds.
-        let mut gpu = Gpu { ordinal, device, context, primary, modules: vec![], sms, capability };
+        let mut gpu =
+            Gpu { ordinal, device, context, primary, modules: vec![], sms, capability, early };
         let entered = gpu.enter()?;
         for image in IMAGES {
             // Code for one architecture stays out of others.
@@ -174,6 +183,11 @@ impl Gpu {
         Ok(Entered { pushed, _thread: std::marker::PhantomData })
     }
 
+    /// Whether this library has kernels of a file for the device.
+    pub(super) fn has(&self, file: &str) -> bool {
+        self.modules.iter().any(|(of, _)| *of == file)
+    }
+
     /// A kernel of one file. `shared`: most dynamic shared memory that it will be launched with.
     pub(super) fn kernel(&self, file: &str, name: &'static CStr, shared: u32) -> Result<Kernel> {
         let _entered = self.enter()?;
@@ -191,13 +205,14 @@ impl Gpu {
         // SAFETY: writes one integer. Asking makes the driver load the code now, and not at the first launch.
         let r = unsafe { sys::cuFuncGetAttribute(&raw mut registers, attribute, function) };
         check("cuFuncGetAttribute", r)?;
-        if shared > 48 * 1024 {
+        if shared > 0 {
+            // With what the kernel declares itself it may be more than a block gets unasked.
             let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: a function of ours.
             let r = unsafe { sys::cuFuncSetAttribute(function, attribute, shared.cast_signed()) };
             check("cuFuncSetAttribute", r)?;
         }
-        Ok(Kernel { function, name })
+        Ok(Kernel { function, name, early: self.early })
     }
 
     /// Device memory, every byte 0xff.
@@ -301,6 +316,7 @@ fn load(image: &Image) -> Result<sys::CUmodule> {
 pub(super) struct Kernel {
     function: sys::CUfunction,
     name: &'static CStr,
+    early: bool,
 }
 
 // SAFETY: a handle of the driver's, which any thread may use.
@@ -321,29 +337,112 @@ impl Kernel {
         stream: *mut c_void,
         mut params: P,
     ) -> Result<()> {
+        let mut arguments = [(&raw mut params).cast()];
+        // SAFETY: one argument, passed on.
+        unsafe { self.launch_with(grid, block, shared, stream, &mut arguments, false) }
+    }
+
+    /// Launches with pointers to each parameter. `early`: the kernel waits by itself for the one before in the stream,
+    /// and may be set up meanwhile. The context must be current.
+    ///
+    /// # Safety
+    /// As [`Kernel::launch`]; `arguments` must point to all the kernel's parameters, in order.
+    pub(super) unsafe fn launch_with(
+        &self,
+        grid: (usize, usize),
+        block: u32,
+        shared: u32,
+        stream: *mut c_void,
+        arguments: &mut [*mut c_void],
+        early: bool,
+    ) -> Result<()> {
         let (Ok(x), Ok(y)) = (u32::try_from(grid.0), u32::try_from(grid.1)) else {
             return Err(Error::invalid("rows", "a number that a grid can have", grid.0));
         };
-        let mut arguments: [*mut c_void; 1] = [(&raw mut params).cast()];
-        // SAFETY: the driver copies the parameters before it returns; the rest by this function's contract.
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: 1,
+            blockDimX: block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared,
+            hStream: stream.cast(),
+            attrs: &raw mut attribute,
+            numAttrs: (early && self.early).into(),
+        };
+        let nothing = std::ptr::null_mut();
+        // SAFETY: the driver copies configuration and parameters before it returns; the rest by the contract.
         let r = unsafe {
-            sys::cuLaunchKernel(
-                self.function,
-                x,
-                y,
-                1,
-                block,
-                1,
-                1,
-                shared,
-                stream.cast(),
-                arguments.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
+            sys::cuLaunchKernelEx(&raw const config, self.function, arguments.as_mut_ptr(), nothing)
         };
         match r {
             CUresult::CUDA_SUCCESS => Ok(()),
             e => check(&self.name.to_string_lossy(), e),
         }
+    }
+}
+
+/// How the copy engine finds boxes of a tensor: `kernels/sm90.cuh`.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct TensorMap(sys::CUtensorMap);
+
+/// What a tensor map's elements are.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Boxes {
+    /// Bytes, 128 innermost, stored with the 128-byte swizzle; 0 outside the tensor.
+    Bytes,
+    /// f32, stored as they are; NaN outside the tensor.
+    Floats,
+}
+
+impl TensorMap {
+    /// `dims`: size, stride in bytes and size of a box for each dimension, innermost first, whose stride does not count.
+    /// The address and the other strides must be multiples of 16.
+    pub(super) fn new<const N: usize>(
+        boxes: Boxes,
+        address: u64,
+        dims: [(usize, usize, u32); N],
+    ) -> Result<Self> {
+        let (kind, swizzle, outside) = match boxes {
+            Boxes::Bytes => (
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            ),
+            Boxes::Floats => (
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA,
+            ),
+        };
+        let shape = dims.map(|(size, ..)| size as u64);
+        let strides = dims.map(|(_, stride, _)| stride as u64);
+        let (box_shape, steps) = (dims.map(|(.., size)| size), [1; N]);
+        let mut map = TensorMap(sys::CUtensorMap { opaque: [0; 16] });
+        // SAFETY: writes the map, reads N numbers of each array (N - 1 strides); the address is only noted.
+        let r = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &raw mut map.0,
+                kind,
+                N as u32,
+                std::ptr::without_provenance_mut(address as usize),
+                shape.as_ptr(),
+                strides[1..].as_ptr(),
+                box_shape.as_ptr(),
+                steps.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                swizzle,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                outside,
+            )
+        };
+        check("cuTensorMapEncodeTiled", r).map(|()| map)
     }
 }

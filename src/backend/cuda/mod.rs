@@ -5,6 +5,7 @@
 mod distill;
 mod driver;
 mod images;
+mod indexer_sm90;
 mod params;
 
 use crate::context::Stream;
@@ -13,6 +14,7 @@ use crate::layout::{Addresses, Workspace, with_slack};
 use crate::ops::*;
 use crate::tensor::{Device, Element, View, ViewMut};
 use driver::{Gpu, Kernel};
+use indexer_sm90::{Dense, IndexerSm90};
 use params::{Ptr, at, n, per_row, small};
 use std::ffi::CStr;
 use std::sync::Arc;
@@ -46,6 +48,7 @@ pub struct Cuda {
     kv_write: Kernel,
     attention: Kernel,
     distill: distill::Kernels,
+    indexer_sm90: Option<IndexerSm90>,
 }
 
 /// Device memory of the library's own: int32, at first -1.
@@ -155,6 +158,7 @@ impl Cuda {
             kv_write: kernel("kv", c"kv_write", 0)?,
             attention: kernel("attention", c"attention", attention_shared(MAX_QK_DIM))?,
             distill: distill::Kernels::load(&gpu)?,
+            indexer_sm90: IndexerSm90::load(&gpu)?,
             gpu,
         })
     }
@@ -280,6 +284,11 @@ impl Cuda {
     pub fn indexer_logits(&self, op: &IndexerLogits<'_>, stream: Stream) -> Result<()> {
         let ix = &op.indexer;
         self.device(ix.device)?;
+        if let Some(sm90) = &self.indexer_sm90
+            && sm90.logits(&self.gpu, op, stream)?
+        {
+            return Ok(());
+        }
         let (out, out_type, [out_row, _]) = floats_mut(&op.out);
         let params = params::Logits {
             ix: params::Indexer::of(ix),
@@ -303,21 +312,33 @@ impl Cuda {
         4 * self.gpu.sms
     }
 
-    /// Bytes of workspace that [`Cuda::select`] needs, for any number of rows.
+    /// Bytes of workspace that [`Cuda::select`] needs.
     pub fn select_workspace(&self, op: &Select<'_>) -> usize {
+        with_slack(self.select_scratch(op))
+    }
+
+    fn select_scratch(&self, op: &Select<'_>) -> usize {
         let mut a = Addresses::measure();
         lay_lists(&mut a, self.select_blocks(), capacity(op.topk));
-        with_slack(a.used())
+        let sm90 = self.indexer_sm90.as_ref().map_or(0, |x| x.scratch(&self.gpu, op));
+        a.used().max(sm90)
     }
 
     /// Scores and selects.
     pub fn select(&self, op: &Select<'_>, ws: Workspace<'_>, stream: Stream) -> Result<()> {
         let (ix, k) = (&op.indexer, op.topk);
         self.device(ix.device)?;
+        let base = ws.on(ix.device, self.select_scratch(op))?;
+        if let Some(sm90) = &self.indexer_sm90 {
+            if let Some(dense) = sm90.dense(&self.gpu, op, base, stream)? {
+                return self.topk_dense(op, &dense, stream);
+            }
+            if sm90.select(&self.gpu, op, base, stream)? {
+                return Ok(());
+            }
+        }
         let (blocks, capacity) = (self.select_blocks(), capacity(k));
-        let mut a = Addresses::measure();
-        lay_lists(&mut a, blocks, capacity);
-        let lists = lay_lists(&mut Addresses::over(ws.on(ix.device, a.used())?), blocks, capacity);
+        let lists = lay_lists(&mut Addresses::over(base), blocks, capacity);
         // A range much shorter than 2k keeps most of its positions, and merging costs more than it saves. With
         // several ranges each has a list, so there are at most as many tasks as blocks.
         let useful = ix.map.max_len() / (2 * k).max(8 * PAGE);
@@ -344,6 +365,23 @@ impl Cuda {
             }
         }
         Ok(())
+    }
+
+    /// Top-k of scores in scratch.
+    fn topk_dense(&self, op: &Select<'_>, dense: &Dense, stream: Stream) -> Result<()> {
+        let params = params::TopK {
+            logits: dense.scores,
+            row_start: 0,
+            row_end: dense.lengths,
+            out: at(op.indices.as_mut_ptr()),
+            logits_row: n(dense.columns),
+            out_row: n(op.indices.strides()[0]),
+            columns: n(dense.columns),
+            k: small(op.topk),
+            type_: 0,
+        };
+        // SAFETY: the kernel's struct; scores and lengths of all rows, checked indices.
+        unsafe { self.launch(&self.topk, (op.indexer.rows, 1), TOPK_THREADS, 0, stream, params) }
     }
 
     /// Top-k of given scores.

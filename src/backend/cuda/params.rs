@@ -267,6 +267,29 @@ params! {
         softmax_scale: f32,
         layer_weight: f32,
     }
+    struct IndexerSm90 = 320 {
+        ix: Indexer,
+        out: Ptr,
+        out_row: i64,
+        columns: i64,
+        prefix: Ptr,
+        sample_prefix: Ptr,
+        size: Ptr,
+        lead: Ptr,
+        again: Ptr,
+        samples: Ptr,
+        thresholds: Ptr,
+        lists: Ptr,
+        counts: Ptr,
+        out_type: i32,
+        k: i32,
+        capacity: i32,
+        retry: i32,
+        block_rows: i32,
+        splits: i32,
+        ctas: i32,
+        reserved: i32,
+    }
 }
 
 /// A size or stride as the device wants it. All of them were checked to fit the address space.
