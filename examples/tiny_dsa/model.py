@@ -73,12 +73,16 @@ class Indexer(nn.Module):
     def turn(self, x, rope):
         return torch.cat((rotate(x[..., : self.rope_dim], rope), x[..., self.rope_dim :].float()), -1)
 
-    def forward(self, x, q_latent, rope, quantised):
-        """I[t, s] = sum_h w[t, h] * relu(q[t, h] . k[s]), before the causal mask."""
+    def qkw(self, x, q_latent, rope):
+        """Queries [rows, length, heads, dim], keys [rows, length, dim] and head weights [rows, length, heads]."""
         x, q_latent = x.detach(), q_latent.detach()
         q = self.turn(self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim)), rope)
         k = self.turn(self.k_norm(self.wk(x).float()).unsqueeze(2), rope).squeeze(2)
-        w = self.weights_proj(x).float() * (self.dim * self.heads) ** -0.5
+        return q, k, self.weights_proj(x).float() * (self.dim * self.heads) ** -0.5
+
+    def forward(self, x, q_latent, rope, quantised):
+        """I[t, s] = sum_h w[t, h] * relu(q[t, h] . k[s]), before the causal mask."""
+        q, k, w = self.qkw(x, q_latent, rope)
         if quantised:
             (q, q_scale), (k, k_scale) = fp8(q), fp8(k)
             w = w * q_scale.squeeze(-1)
@@ -103,7 +107,7 @@ class Attention(nn.Module):
         self.indexer = Indexer(cfg)
 
     def qkv(self, x, rope, quantised):
-        """Per-head q, k, v, expanded from the shared KV row; a server attends over the row itself (absorbed form)."""
+        """The query latent, the KV row, and per-head q, k, v expanded from them; a server attends over the row itself."""
         q_latent = self.q_a_layernorm(self.q_a_proj(x))
         q = self.q_b_proj(q_latent).unflatten(-1, (self.heads, self.nope + self.rope))
         q = torch.cat((q[..., : self.nope].float(), rotate(q[..., self.nope :], rope)), -1)
@@ -113,7 +117,14 @@ class Attention(nn.Module):
             latent, k_rope = latent.bfloat16().float(), k_rope.bfloat16().float()
         k, v = self.kv_b_proj(latent).unflatten(-1, (self.heads, self.nope + self.value)).split((self.nope, self.value), -1)
         k = torch.cat((k.float(), k_rope.expand(-1, -1, self.heads, -1)), -1)
-        return q_latent, *(t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
+        row = torch.cat((latent, k_rope.squeeze(2)), -1)
+        return q_latent, row, *(t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
+
+    def absorbed(self, q):
+        """Queries [..., heads, nope + rope] as what meets the KV row, [..., heads, latent + rope]."""
+        w_uk = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))[:, : self.nope]
+        q = q.float()
+        return torch.cat((torch.einsum("...hn,hnc->...hc", q[..., : self.nope], w_uk), q[..., self.nope :]), -1)
 
     def dense(self, q, k, v):
         # The fused kernels want one head size for q, k and v.
@@ -156,7 +167,7 @@ class Layer(nn.Module):
         """
         attn, kl = self.self_attn, None
         x = self.input_layernorm(h)
-        q_latent, q, k, v = attn.qkv(x, rope, quantised)
+        q_latent, _, q, k, v = attn.qkv(x, rope, quantised)
         if role == "-" and not with_kl:
             h = h + attn.dense(q, k, v)
         else:
