@@ -213,6 +213,17 @@ struct Attention {
 };
 static_assert(sizeof(Attention) == 256, "params.rs");
 
+// `attention_sm90`: a row's indices are cut into `splits` parts of `split_tiles` tiles of 64. With several parts, each
+// leaves its output f32 [rows, splits, heads, d_v] and log-sum-exp [rows, splits, heads] to `attention_combine`.
+struct AttentionSm90 {
+    Attention a;
+    float* part_out;
+    float* part_lse;
+    int32_t splits;
+    int32_t split_tiles;
+};
+static_assert(sizeof(AttentionSm90) == 280, "params.rs");
+
 // Vectors for the tensor cores: bf16, padded with zeros; their planes add up to the values. In elements.
 struct Planes {
     const void* data;

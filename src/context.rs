@@ -243,7 +243,7 @@ impl Context {
     pub fn sparse_attention_workspace(&self, op: &SparseAttention<'_>) -> usize {
         match &self.backend {
             Backend::Cpu(cpu) => op.workspace(cpu.threads()),
-            Backend::Cuda(_) => 0,
+            Backend::Cuda(cuda) => cuda.sparse_attention_workspace(op),
         }
     }
 
@@ -256,7 +256,7 @@ impl Context {
     ) -> Result<()> {
         match &self.backend {
             Backend::Cpu(cpu) => cpu.sparse_attention(op, workspace.host()?),
-            Backend::Cuda(cuda) => cuda.sparse_attention(op, stream),
+            Backend::Cuda(cuda) => cuda.sparse_attention(op, workspace, stream),
         }
     }
 

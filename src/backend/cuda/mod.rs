@@ -2,6 +2,7 @@
 //!
 //! Nothing here waits, allocates or looks at device data: what the host cannot see, the kernels guard.
 
+mod attention;
 mod distill;
 mod driver;
 mod images;
@@ -49,6 +50,7 @@ pub struct Cuda {
     attention: Kernel,
     distill: distill::Kernels,
     indexer_sm90: Option<IndexerSm90>,
+    attention_sm90: Option<attention::Attention>,
 }
 
 /// Device memory of the library's own: int32, at first -1.
@@ -159,6 +161,7 @@ impl Cuda {
             attention: kernel("attention", c"attention", attention_shared(MAX_QK_DIM))?,
             distill: distill::Kernels::load(&gpu)?,
             indexer_sm90: IndexerSm90::load(&gpu)?,
+            attention_sm90: attention::Attention::load(&gpu)?,
             gpu,
         })
     }
@@ -508,8 +511,18 @@ impl Cuda {
         unsafe { self.launch(&self.kv_write, grid, THREADS, 0, stream, params) }
     }
 
+    /// Bytes of workspace that [`Cuda::sparse_attention`] needs for these shapes or smaller ones.
+    pub fn sparse_attention_workspace(&self, op: &SparseAttention<'_>) -> usize {
+        self.attention_sm90.as_ref().map_or(0, |a| a.workspace(op))
+    }
+
     /// Sparse MLA attention.
-    pub fn sparse_attention(&self, op: &SparseAttention<'_>, stream: Stream) -> Result<()> {
+    pub fn sparse_attention(
+        &self,
+        op: &SparseAttention<'_>,
+        ws: Workspace<'_>,
+        stream: Stream,
+    ) -> Result<()> {
         self.device(op.device)?;
         let (q, q_type, [q_row, q_head, _]) = floats(&op.q);
         let (out, out_type, [out_row, out_head, _]) = floats_mut(&op.out);
@@ -548,6 +561,11 @@ impl Cuda {
             out_type,
             reserved: 0,
         };
+        if let Some(fast) = &self.attention_sm90
+            && fast.attend(op, params, ws, stream)?
+        {
+            return Ok(());
+        }
         let grid = (op.rows, op.heads.div_ceil(ATTENTION_HEADS));
         // SAFETY: the kernel's struct; checked tensors on this device; indices are bounded on the device.
         unsafe {

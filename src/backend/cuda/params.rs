@@ -194,6 +194,13 @@ params! {
         out_type: i32,
         reserved: i32,
     }
+    struct AttentionSm90 = 280 {
+        a: Attention,
+        part_out: Ptr,
+        part_lse: Ptr,
+        splits: i32,
+        split_tiles: i32,
+    }
     struct Planes = 32 {
         data: Ptr,
         plane: i64,

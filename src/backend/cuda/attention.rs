@@ -1,0 +1,164 @@
+//! Sparse attention on Hopper: `kernels/attention_sm90.cu`.
+
+use super::KV_FP8;
+use super::driver::{Gpu, Kernel};
+use super::params::{self, Ptr, small};
+use crate::context::Stream;
+use crate::error::Result;
+use crate::layout::{Addresses, Workspace, with_slack};
+use crate::ops::*;
+use std::sync::Arc;
+
+/// Threads of the blocks: for many heads, for few, and that combine.
+const WIDE_THREADS: u32 = 512;
+const FEW_THREADS: u32 = 256;
+const COMBINE_THREADS: u32 = 128;
+/// Heads of a block, and tokens of a tile.
+const HEADS: usize = 64;
+const TOKENS: usize = 64;
+const D_QK: usize = 576;
+const D_V: usize = 512;
+/// `Shared`.
+const WIDE_SHARED: u32 = 222_160;
+/// Most heads of the kernels for few.
+const FEW_HEADS: [usize; 3] = [8, 16, 32];
+
+/// `Few`, rounded up to its alignment.
+const fn few_shared(heads: usize) -> u32 {
+    let own = if heads > 8 { heads / 2 } else { heads };
+    let tile = TOKENS * D_QK * 2 + heads * D_QK * 2 + TOKENS * heads * 2;
+    (tile + 4 * heads + 4 * 8 * own + TOKENS) as u32
+}
+
+/// The kernels, for bf16 and for fp8.
+#[derive(Debug)]
+pub(super) struct Attention {
+    gpu: Arc<Gpu>,
+    wide: [Kernel; 2],
+    few: [[Kernel; 2]; 3],
+    combine: Kernel,
+}
+
+/// What the parts of split rows leave to be combined.
+struct Parts {
+    out: Ptr,
+    lse: Ptr,
+}
+
+fn lay(a: &mut Addresses, vectors: usize) -> Parts {
+    Parts { out: a.take::<f32>(vectors.saturating_mul(D_V)), lse: a.take::<f32>(vectors) }
+}
+
+/// Shapes and types that the kernels know.
+fn takes(op: &SparseAttention<'_>) -> bool {
+    let types = matches!(op.q, Floats::Bf16(_)) && !matches!(op.kv, Kv::F32(_));
+    types && (op.d_qk, op.d_v) == (D_QK, D_V)
+}
+
+/// Addresses and strides that let the kernels move 16 bytes at a time.
+fn aligned(p: &params::Attention) -> bool {
+    let addresses = p.q | p.kv | p.out;
+    let elements = p.q_row | p.q_head | p.out_row | p.out_head;
+    let bytes = p.page_bytes | p.row_bytes;
+    let page = i64::from(i32::MAX); // Slots are divided by it in 32 bits.
+    addresses.is_multiple_of(16) && elements % 8 == 0 && bytes % 16 == 0 && p.page <= page
+}
+
+impl Attention {
+    /// The kernels, if there are any for this device.
+    pub(super) fn load(gpu: &Arc<Gpu>) -> Result<Option<Self>> {
+        const WIDE: &str = "attention_sm90";
+        const FEW: &str = "attention_few_sm90";
+        if !(gpu.has(WIDE) && gpu.has(FEW)) {
+            return Ok(None);
+        }
+        let few = |bf16, fp8, heads| -> Result<[Kernel; 2]> {
+            let shared = few_shared(heads);
+            Ok([gpu.kernel(FEW, bf16, shared)?, gpu.kernel(FEW, fp8, shared)?])
+        };
+        Ok(Some(Attention {
+            wide: [
+                gpu.kernel(WIDE, c"attention_bf16", WIDE_SHARED)?,
+                gpu.kernel(WIDE, c"attention_fp8", WIDE_SHARED)?,
+            ],
+            few: [
+                few(c"attention_bf16_8", c"attention_fp8_8", 8)?,
+                few(c"attention_bf16_16", c"attention_fp8_16", 16)?,
+                few(c"attention_bf16_32", c"attention_fp8_32", 32)?,
+            ],
+            combine: gpu.kernel(WIDE, c"attention_combine", 0)?,
+            gpu: gpu.clone(),
+        }))
+    }
+
+    /// Blocks that run at a time.
+    fn blocks(&self, heads: usize) -> usize {
+        let few = FEW_HEADS.last().is_some_and(|&most| heads <= most);
+        self.gpu.sms * if few { 2 } else { 1 }
+    }
+
+    /// Bytes of workspace for these shapes or smaller ones. Parts of rows are no more than the blocks that run at a
+    /// time, two of few heads or one of 64 on a multiprocessor.
+    pub(super) fn workspace(&self, op: &SparseAttention<'_>) -> usize {
+        let mut a = Addresses::measure();
+        if takes(op) && op.topk > TOKENS {
+            lay(&mut a, self.gpu.sms * (2 * op.heads).min(HEADS));
+        }
+        with_slack(a.used())
+    }
+
+    /// Attends, or answers false where the portable kernel must.
+    pub(super) fn attend(
+        &self,
+        op: &SparseAttention<'_>,
+        p: params::Attention,
+        ws: Workspace<'_>,
+        stream: Stream,
+    ) -> Result<bool> {
+        if !(takes(op) && aligned(&p)) {
+            return Ok(false);
+        }
+        if op.rows == 0 {
+            return Ok(true);
+        }
+        // Parts fill the device once, and have at least a tile each.
+        let (tiles, head_tiles) = (op.topk.div_ceil(TOKENS), op.heads.div_ceil(HEADS));
+        let wanted = self.blocks(op.heads) / op.rows.saturating_mul(head_tiles);
+        let split_tiles = tiles.div_ceil(wanted.clamp(1, tiles));
+        let splits = tiles.div_ceil(split_tiles);
+        let mut parts = Parts { out: 0, lse: 0 };
+        if splits > 1 {
+            let vectors = op.rows * splits * op.heads;
+            let mut a = Addresses::measure();
+            lay(&mut a, vectors);
+            parts = lay(&mut Addresses::over(ws.on(op.device, a.used())?), vectors);
+        }
+        let mut params = params::AttentionSm90 {
+            a: p,
+            part_out: parts.out,
+            part_lse: parts.lse,
+            splits: small(splits),
+            split_tiles: small(split_tiles),
+        };
+        let fp8 = usize::from(p.kv_format == KV_FP8);
+        let few = FEW_HEADS.iter().zip(&self.few).find(|(most, _)| op.heads <= **most);
+        let (kernel, threads, shared) = match few {
+            Some((&heads, kernels)) => (&kernels[fp8], FEW_THREADS, few_shared(heads)),
+            None => (&self.wide[fp8], WIDE_THREADS, WIDE_SHARED),
+        };
+        let grid = (op.rows.saturating_mul(splits * head_tiles), 1);
+        let stream = stream.as_raw();
+        let mut arguments = [(&raw mut params).cast()];
+        let _entered = self.gpu.enter()?;
+        // SAFETY: the kernels' struct; checked tensors and workspace on this device; indices are bounded on the device.
+        // Both kernels wait for the one before them.
+        unsafe {
+            kernel.launch_with(grid, threads, shared, stream, &mut arguments, true)?;
+            if splits > 1 {
+                let grid = (op.rows, op.heads);
+                self.combine.launch_with(grid, COMBINE_THREADS, 0, stream, &mut arguments, true)?;
+            }
+        }
+        Ok(true)
+    }
+}
