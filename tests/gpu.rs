@@ -579,9 +579,101 @@ fn topk_is_exact() {
             }
         }
     }
+    // Rows that a block takes and rows that 2 to 16 share, held in registers or not, on any address.
+    let shared: &[_] = if small() {
+        &[(5, 4_096), (133, 8_201), (3, 30_001), (1, 140_001)]
+    } else {
+        &[
+            (5, 8_000),
+            (9, 8_192),
+            (150, 9_001),
+            (60, 20_001),
+            (30, 30_001),
+            (30, 40_001),
+            (16, 131_077),
+            (7, 70_001),
+            (1, 140_001),
+        ]
+    };
+    for &(rows, columns) in shared {
+        for (name, data) in scores(&mut rng, rows * columns) {
+            for k in [2048, 4096] {
+                check(rows, columns, k, &data, name);
+            }
+        }
+    }
     if !small() {
         for (name, data) in scores(&mut rng, 1_000_000) {
             check(1, 1_000_000, 2048, &data, name);
+            check(2, 500_000, 4096, &data, name);
+        }
+    }
+}
+
+#[test]
+fn topk_has_the_same_bits_on_streams_and_in_graphs() {
+    let Some(g) = Gpu::open("topk streams") else { return };
+    let mut rng = Rng(10);
+    let (rows, k) = (5, 512);
+    for columns in [7_003, 50_001] {
+        let data: Vec<f32> =
+            rng.normals(rows * columns).iter().map(|x| (x * 8.0).floor()).collect();
+        let mut row_end = vec![columns as i32; rows];
+        let mut want = vec![-7i32; rows * k];
+        let blank = want.clone();
+        let mut on_cpu = |row_end: &[i32]| {
+            let args = TopKArgs {
+                logits: t("logits", &data, &[rows, columns]),
+                row_start: None,
+                row_end: Some(t("row_end", row_end, &[rows])),
+                indices: m("indices", &mut want, &[rows, k]),
+            };
+            g.cpu.topk(&args.check().unwrap(), Stream::DEFAULT).unwrap();
+            want.clone()
+        };
+        let args = TopKArgs {
+            logits: g.up(&t("logits", &data, &[rows, columns])),
+            row_start: None,
+            row_end: Some(g.up(&t("row_end", &row_end, &[rows]))),
+            indices: g.up(&t("indices", &blank, &[rows, k])),
+        };
+        let streams = [(); 2]
+            .map(|()| result::stream::create(result::stream::StreamKind::NonBlocking).unwrap());
+        let expected = on_cpu(&row_end);
+        let outs: Vec<_> = (0..20)
+            .map(|run| {
+                let indices = g.up(&t("indices", &blank, &[rows, k]));
+                let args = TopKArgs { indices, ..args };
+                g.gpu.topk(&args.check().unwrap(), raw_stream(streams[run % 2])).unwrap();
+                indices
+            })
+            .collect();
+        assert!(outs.iter().all(|out| g.down(out) == raw(&expected)), "{columns}");
+        let op = args.check().unwrap();
+        // SAFETY: a stream of ours, from begin to end on this thread.
+        let graph = unsafe {
+            let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+            result::stream::begin_capture(streams[0], mode).unwrap();
+            g.gpu.topk(&op, raw_stream(streams[0])).unwrap();
+            result::stream::end_capture(streams[0]).unwrap()
+        };
+        let mut exec = std::ptr::null_mut();
+        // SAFETY: a whole graph.
+        unsafe { sys::cuGraphInstantiateWithFlags(&raw mut exec, graph, 0) }.result().unwrap();
+        for lens in [[7_003, 513, 0, 1, 512], [600, 7_000, 6_999, 100, 7_003], [-1; 5]] {
+            row_end = lens.map(|n| if n > 5_000 { n - 7_003 + columns as i32 } else { n }).to_vec();
+            g.set(&args.row_end.unwrap(), &row_end);
+            // SAFETY: everything the graph uses is alive.
+            unsafe { result::graph::launch(exec, streams[0]) }.unwrap();
+            assert!(g.down(&args.indices) == raw(&on_cpu(&row_end)), "{columns}, {row_end:?}");
+        }
+        // SAFETY: ours, idle.
+        unsafe {
+            result::graph::exec_destroy(exec).unwrap();
+            result::graph::destroy(graph).unwrap();
+            for stream in streams {
+                result::stream::destroy(stream).unwrap();
+            }
         }
     }
 }

@@ -215,6 +215,42 @@ impl Gpu {
         Ok(Kernel { function, name, early: self.early })
     }
 
+    /// A kernel compiled for clusters of `blocks`, and how many clusters the device holds at once; maybe none.
+    pub(super) fn cluster_kernel(
+        &self,
+        file: &str,
+        name: &'static CStr,
+        blocks: u32,
+        block: u32,
+        shared: u32,
+    ) -> Result<(Kernel, usize)> {
+        let kernel = self.kernel(file, name, shared)?;
+        let _entered = self.enter()?;
+        let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
+        // SAFETY: a function of ours.
+        let r = unsafe { sys::cuFuncSetAttribute(kernel.function, attribute, 1) };
+        check("cuFuncSetAttribute", r)?;
+        let config = sys::CUlaunchConfig {
+            gridDimX: blocks,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared,
+            hStream: std::ptr::null_mut(),
+            attrs: std::ptr::null_mut(),
+            numAttrs: 0,
+        };
+        let mut clusters = 0;
+        // SAFETY: writes one integer; a function of ours, no attributes.
+        let r = unsafe {
+            sys::cuOccupancyMaxActiveClusters(&raw mut clusters, kernel.function, &raw const config)
+        };
+        let fits = r == CUresult::CUDA_SUCCESS;
+        Ok((kernel, if fits { clusters.unsigned_abs() as usize } else { 0 }))
+    }
+
     /// Device memory, every byte 0xff.
     pub(super) fn allocate(&self, bytes: usize) -> Result<u64> {
         let _entered = self.enter()?;

@@ -24,6 +24,10 @@ use std::sync::Arc;
 const SCORE_THREADS: u32 = 128;
 const TOPK_THREADS: u32 = 512;
 const THREADS: u32 = 256;
+/// Columns that a block of the Hopper top-k holds in registers, and its shared memory: `Shared` in
+/// `kernels/topk_sm90.cu`.
+const TOPK_HELD: usize = 8192;
+const TOPK_SHARED: u32 = 65_900;
 /// Tokens that a block of the writing kernels takes.
 const WRITE_TOKENS: usize = 32;
 /// Vectors that a block of `index_q_quantize` takes.
@@ -42,6 +46,7 @@ pub struct Cuda {
     select_rows: Kernel,
     select_merge: Kernel,
     topk: Kernel,
+    topk_sm90: Option<TopKSm90>,
     indices_to_slots: Kernel,
     copy_rows: Kernel,
     carry_rows: Kernel,
@@ -141,6 +146,58 @@ fn norm(dim: usize) -> f32 {
     1.0 / (dim as f32).sqrt()
 }
 
+/// The Hopper kernels of top-k.
+#[derive(Debug)]
+struct TopKSm90 {
+    /// For rows that a block holds in registers.
+    short: Kernel,
+    /// For any rows: blocks that share one, rows that the device works on at once, kernel.
+    clusters: [(usize, usize, Kernel); 3],
+}
+
+impl TopKSm90 {
+    fn load(gpu: &Gpu) -> Result<Option<Self>> {
+        const FILE: &str = "topk_sm90";
+        if !gpu.has(FILE) {
+            return Ok(None);
+        }
+        let one = |name| gpu.kernel(FILE, name, TOPK_SHARED);
+        let cluster = |name, blocks: u32| {
+            let found = gpu.cluster_kernel(FILE, name, blocks, TOPK_THREADS, TOPK_SHARED);
+            found.map(|(kernel, at_once)| (blocks as usize, at_once, kernel))
+        };
+        Ok(Some(TopKSm90 {
+            short: one(c"topk_short")?,
+            clusters: [
+                (1, usize::MAX, one(c"topk_1")?),
+                cluster(c"topk_4", 4)?,
+                cluster(c"topk_16", 16)?,
+            ],
+        }))
+    }
+
+    /// The kernel, and how many blocks take a row.
+    fn choose(&self, logits: &Floats<'_, 2>) -> (&Kernel, usize) {
+        let [rows, columns] = logits.shape();
+        let (address, type_, [stride, _]) = floats(logits);
+        // Then no row begins inside a group of four, wherever `row_start` lets it begin.
+        let group = if type_ == 0 { 16 } else { 8 };
+        let aligned = address % group == 0 && (stride % 4 == 0 || rows == 1);
+        if columns <= TOPK_HELD && aligned {
+            return (&self.short, 1);
+        }
+        // More blocks while they let a row stay in registers and no row waits for another.
+        let [(one, _, alone), more @ ..] = &self.clusters;
+        let (mut blocks, mut kernel) = (*one, alone);
+        for (next, at_once, with) in more {
+            if columns > blocks * TOPK_HELD && rows <= *at_once {
+                (blocks, kernel) = (*next, with);
+            }
+        }
+        (kernel, blocks)
+    }
+}
+
 impl Cuda {
     /// Opens a device: the calling thread's context if it is on it, else its primary one.
     pub fn new(device: i32) -> Result<Self> {
@@ -153,6 +210,7 @@ impl Cuda {
             select_rows: kernel("select", c"select_rows", score_shared(MAX_INDEX_DIM))?,
             select_merge: kernel("select", c"select_merge", 0)?,
             topk: kernel("topk", c"topk", 0)?,
+            topk_sm90: TopKSm90::load(&gpu)?,
             indices_to_slots: kernel("indices", c"indices_to_slots", 0)?,
             copy_rows: kernel("indices", c"copy_rows", 0)?,
             carry_rows: kernel("indices", c"carry_rows", 0)?,
@@ -403,8 +461,15 @@ impl Cuda {
             k: small(op.indices.shape()[1]),
             type_,
         };
-        // SAFETY: the kernel's struct; checked tensors on this device; bounds are clamped on the device.
-        unsafe { self.launch(&self.topk, (rows, 1), TOPK_THREADS, 0, stream, params) }
+        let (kernel, blocks, shared) = match &self.topk_sm90 {
+            Some(sm90) => {
+                let (kernel, blocks) = sm90.choose(&op.logits);
+                (kernel, blocks, TOPK_SHARED)
+            }
+            None => (&self.topk, 1, 0),
+        };
+        // SAFETY: the kernels' struct; checked tensors on this device; bounds are clamped on the device.
+        unsafe { self.launch(kernel, (blocks * rows, 1), TOPK_THREADS, shared, stream, params) }
     }
 
     /// Logical indices to slots.
