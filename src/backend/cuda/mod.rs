@@ -177,12 +177,11 @@ impl TopKSm90 {
     }
 
     /// The kernel, and how many blocks take a row.
-    fn choose(&self, logits: &Floats<'_, 2>) -> (&Kernel, usize) {
-        let [rows, columns] = logits.shape();
-        let (address, type_, [stride, _]) = floats(logits);
+    fn choose(&self, rows: usize, p: &params::TopK) -> (&Kernel, usize) {
         // Then no row begins inside a group of four, wherever `row_start` lets it begin.
-        let group = if type_ == 0 { 16 } else { 8 };
-        let aligned = address % group == 0 && (stride % 4 == 0 || rows == 1);
+        let group = if p.type_ == 0 { 16 } else { 8 };
+        let aligned = p.logits.is_multiple_of(group) && (p.logits_row % 4 == 0 || rows == 1);
+        let columns = p.columns as usize;
         if columns <= TOPK_HELD && aligned {
             return (&self.short, 1);
         }
@@ -441,8 +440,8 @@ impl Cuda {
             k: small(op.topk),
             type_: 0,
         };
-        // SAFETY: the kernel's struct; scores and lengths of all rows, checked indices.
-        unsafe { self.launch(&self.topk, (op.indexer.rows, 1), TOPK_THREADS, 0, stream, params) }
+        // SAFETY: scores and lengths of all rows, checked indices.
+        unsafe { self.launch_topk(op.indexer.rows, params, stream) }
     }
 
     /// Top-k of given scores.
@@ -461,14 +460,21 @@ impl Cuda {
             k: small(op.indices.shape()[1]),
             type_,
         };
+        // SAFETY: checked tensors on this device; bounds are clamped on the device.
+        unsafe { self.launch_topk(rows, params, stream) }
+    }
+
+    /// # Safety
+    /// What `params` points to must be good for so many rows.
+    unsafe fn launch_topk(&self, rows: usize, params: params::TopK, stream: Stream) -> Result<()> {
         let (kernel, blocks, shared) = match &self.topk_sm90 {
             Some(sm90) => {
-                let (kernel, blocks) = sm90.choose(&op.logits);
+                let (kernel, blocks) = sm90.choose(rows, &params);
                 (kernel, blocks, TOPK_SHARED)
             }
             None => (&self.topk, 1, 0),
         };
-        // SAFETY: the kernels' struct; checked tensors on this device; bounds are clamped on the device.
+        // SAFETY: the kernels' struct; the rest by this function's contract.
         unsafe { self.launch(kernel, (blocks * rows, 1), TOPK_THREADS, shared, stream, params) }
     }
 
