@@ -2,31 +2,22 @@
 // Shapes:   q [rows, heads, dim], k [keys, dim], weights [rows, heads]; target [rows, columns], or attention's
 //           q [rows, heads, d_qk] and kv [keys, d_qk]. Rows come in chunks: scratch is [chunk, keys] or [chunk, topk].
 // Idea:     tiles of keys by (row, head) vectors on the tensor cores give scores and log2 of the target; one block a
-//           row normalises them and leaves g, the loss by the score. Then `grad_q` (a block owns vectors, goes over keys)
-//           and `grad_k` (owns keys, goes over vectors) recompute the products, for their signs alone, and multiply g
+//           row normalises them and leaves g, the loss by the score. Then `grad_q` (a block owns vectors, goes over
+//           keys) and `grad_k` (owns keys, goes over vectors) recompute the products, for their signs, and multiply g
 //           again. bf16 goes in as it is, f32 as three bf16 that add up to it; coefficients of gradients as two or
 //           three. Nothing is added in an order that a scheduler picks: the same bits every time.
 // Roofline: tensor cores: (14 * dim * heads + 2 * d_qk * attention heads) flop a row and key, with mma.sync.
-#include "common.cuh"
+#include "distill.cuh"
+
+// Registers for two blocks an SM.
+#define KERNEL_2(threads) extern "C" __global__ void __launch_bounds__(threads, 2)
 
 constexpr int THREADS = 256;
 constexpr int COLUMNS = 128;  // Keys, or columns of `indices`, of a tile.
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
-// Of heads that are padding: finite, far below every score, and a power of two, so that its multiples are exact.
-constexpr float NOTHING = -0x1p100f;
+constexpr int STEP = 64;      // Dimensions of a step.
+constexpr int STAGES = 3;
 
-// --- Tensor cores and copies.
-
-__device__ inline uint32_t shared_at(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
-
-__device__ inline void copy16(uint32_t to, const void* from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0));
-}
-__device__ inline void commit() { asm volatile("cp.async.commit_group;"); }
-template <int N>
-__device__ inline void wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
+// --- Tensor cores.
 
 __device__ inline void load4(uint32_t (&r)[4], uint32_t at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -47,42 +38,7 @@ __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, u
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Byte offset of 16 bytes in a tile whose rows are `PITCH` chunks of 16 bytes, so that neither rows nor columns of 8x8
-// matrices share banks.
-template <int PITCH>
-__device__ inline uint32_t place(int row, int chunk) {
-    return uint32_t((row * PITCH + (chunk ^ (PITCH == 4 ? row / 2 & 3 : row & 7))) * 16);
-}
-
-__device__ inline float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ inline float log2_fast(float x) {
-    float y;
-    asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 __device__ inline float relu(float x) { return x < 0.0f ? 0.0f : x; }  // NaN stays NaN.
-
-__device__ inline const uint16_t* vector_at(const Planes& p, int64_t row, int64_t head) {
-    return static_cast<const uint16_t*>(p.data) + row * p.row + head * p.head;
-}
-
-// --- Rows.
-
-// Keys that a row sees; `ok`: its bounds are right.
-struct Span {
-    int64_t start, end;
-    bool ok;
-};
-__device__ inline Span span_of(const Distill& p, int64_t row) {
-    const int64_t start = start_of(p.map, row), end = p.map.row_end ? p.map.row_end[row] : p.keys;
-    const bool ok = start >= 0 && start <= p.keys && end <= p.keys;
-    if (start < 0 || end <= start) return {0, 0, ok};
-    return {start, max(start, min(end, p.keys)), ok};
-}
 
 // Key of a column of a row's indices, -1 if there is none.
 __device__ inline int64_t key_of(const Distill& p, int64_t row, const Span& span, int64_t column) {
@@ -185,9 +141,8 @@ __device__ inline void tile(const Distill& p) {
     constexpr int WIDE = N >= 64 ? N / 64 : 1;      // Warps along the vectors.
     constexpr int MI = COLUMNS * WIDE / 8 / 16;     // Tiles of 16 keys of a warp,
     constexpr int NI = N / WIDE / 8;                // and of 8 vectors.
-    constexpr int STEP = N == 256 ? 32 : 64;        // Dimensions of a step.
+    constexpr int STAGE = (COLUMNS + N) * STEP * 2;
     constexpr int CHUNKS = STEP / 8, AT_ONCE = THREADS / CHUNKS;
-    constexpr int STAGES = N == 256 ? 4 : 3, STAGE = (COLUMNS + N) * STEP * 2;
     extern __shared__ __align__(128) char memory[];
     __shared__ int64_t key_rows[COLUMNS];
 
@@ -279,8 +234,8 @@ __device__ inline void tile(const Distill& p) {
         }
     }
 
-    // Heads are added by 32, then the sums. A thread has, of rows lane / 4 and 8 below it, columns 2 * (lane % 4) and the
-    // next.
+    // Heads are added by 32, then the sums. A thread has, of rows lane / 4 and 8 below it, columns 2 * (lane % 4) and
+    // the next.
     float(*parts)[COLUMNS] = reinterpret_cast<float(*)[COLUMNS]>(memory);
     __syncthreads();
 #pragma unroll
@@ -355,15 +310,12 @@ __device__ inline void tile(const Distill& p) {
     }
 }
 
-// Many rows against the same keys, or one row, whose keys are its own.
-KERNEL(THREADS) distill_scores(PARAMS Distill p) { tile<256, false>(p); }
 KERNEL(THREADS) distill_scores_32(PARAMS Distill p) { tile<32, false>(p); }
 KERNEL(THREADS) distill_scores_64(PARAMS Distill p) { tile<64, false>(p); }
-KERNEL(THREADS) distill_scores_128(PARAMS Distill p) { tile<128, false>(p); }
-KERNEL(THREADS) distill_targets(PARAMS Distill p) { tile<256, true>(p); }
+KERNEL_2(THREADS) distill_scores_128(PARAMS Distill p) { tile<128, false>(p); }
 KERNEL(THREADS) distill_targets_32(PARAMS Distill p) { tile<32, true>(p); }
 KERNEL(THREADS) distill_targets_64(PARAMS Distill p) { tile<64, true>(p); }
-KERNEL(THREADS) distill_targets_128(PARAMS Distill p) { tile<128, true>(p); }
+KERNEL_2(THREADS) distill_targets_128(PARAMS Distill p) { tile<128, true>(p); }
 
 // --- Rows: the loss, and the loss by each score in place of it.
 
@@ -495,27 +447,17 @@ KERNEL(THREADS) distill_scatter(PARAMS Distill p) {
 
 // --- Gradients.
 
-// What is left of x after one, two, three bf16.
-__device__ inline uint32_t pack_high(float& x, float& y) {
-    const uint32_t a = __float_as_uint(x), b = __float_as_uint(y);
-    uint32_t packed;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(y), "f"(x));
-    x = x - __uint_as_float(packed << 16);
-    y = y - __uint_as_float(packed & 0xffff0000);
-    return packed;
-}
-
-// OF_KEYS: blocks own 16 * MI * warps keys and go over vectors of rows from part to part; else they own vectors and go over
+// OF_KEYS: blocks own 16 * warps keys and go over vectors of rows from part to part; else they own vectors and go over
 // keys. Owned vectors O stay in shared memory; S = O X^T for a tile X of the others, T = g where S > 0, out += T X.
 // Tensor cores cut sums off: those of a tile begin at 0, and are added up outside.
-template <bool OF_KEYS, int PLANES, int DIM, int MI, int TILE_ROWS>
+template <bool OF_KEYS, int PLANES, int DIM, int TILE_ROWS>
 __device__ inline void grad(const Distill& p) {
     constexpr int PITCH = DIM / 8, NI = TILE_ROWS / 8, KI = TILE_ROWS / 16;
     constexpr int X_PLANE = TILE_ROWS * DIM * 2, X_STAGE = PLANES * X_PLANE;
     constexpr int T_PLANES = PLANES == 1 ? 2 : 3;
-    constexpr int GROUPS = TILE_ROWS <= 32 ? 1 : TILE_ROWS / 32;  // Rows of a tile of vectors, at most.
+    static_assert(TILE_ROWS <= 32, "a tile of vectors is of one row");
     extern __shared__ __align__(128) char memory[];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = blockDim.x / 2 * MI, threads = blockDim.x;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = blockDim.x / 2, threads = blockDim.x;
     const int padded = p.padded_heads, shift = __ffs(padded) - 1;
     const Planes &mine = OF_KEYS ? p.k : p.q, &others = OF_KEYS ? p.q : p.k;
     // Keys and vectors of a chunk are fewer than 2^31.
@@ -549,6 +491,10 @@ __device__ inline void grad(const Distill& p) {
     };
 
     const uint32_t o_base = shared_at(memory), x_base = o_base + PLANES * own * DIM * 2;
+    // Coefficients of a stage. Of keys: g by owned key, then weights; else g by row and key.
+    const int per_stage = own + TILE_ROWS;
+    float* const coefficients = reinterpret_cast<float*>(memory + PLANES * own * DIM * 2 + 2 * X_STAGE);
+    const uint32_t c_base = shared_at(coefficients);
     for (int i = threadIdx.x; i < PLANES * own * PITCH; i += threads) {
         const int plane = i / (own * PITCH), row = i / PITCH % own, chunk = i % PITCH;
         const int v = first_own + row;
@@ -572,54 +518,39 @@ __device__ inline void grad(const Distill& p) {
                     static_cast<const uint16_t*>(others.data) + plane * others.plane + int64_t(max(v, 0)) * DIM;
                 copy16(x_base + stage * X_STAGE + plane * X_PLANE + place<PITCH>(row, chunk), from + chunk * 8, v >= 0);
             }
+            const uint32_t c_at = c_base + stage * per_stage * 4;
+            if (OF_KEYS) {
+                const float* g = p.by_key + (at >> shift) * p.key_width + first_own;
+                for (int i = threadIdx.x; i < per_stage / 4; i += threads) {
+                    copy16(c_at + i * 16, i < own / 4 ? g + i * 4 : p.weights + at + i * 4 - own, true);
+                }
+            } else {
+                constexpr int CHUNKS = TILE_ROWS / 4;
+                for (int i = threadIdx.x; i < ((own - 1) >> shift) * CHUNKS + CHUNKS; i += threads) {
+                    const int r = own_row + i / CHUNKS;
+                    const float* g = p.scores + min(r, int(p.count) - 1) * p.width + at;
+                    copy16(c_at + i * 16, g + i % CHUNKS * 4, r < p.count);
+                }
+            }
         }
         commit();
     };
 
-    // Owned by this thread: from here on every 8th, 2 * MI of them. A warp's vectors are of one row.
-    const int warp_at = warp * 16 * MI, mine_at = first_own + warp_at + lane / 4;
-    const int chunk_row = (first_own + warp_at) >> shift;
-    float out[MI][DIM / 8][4] = {};
-    float by_weight[2 * MI] = {};
+    // Owned by this thread: this, and 8 further. A warp's vectors are of one row.
+    const int warp_at = warp * 16, mine_at = first_own + warp_at + lane / 4;
+    float out[DIM / 8][4] = {};
+    float by_weight[2] = {};
 
     int at = next(begin);
     fetch(at, 0);
     for (int stage = 0; at < end; stage ^= 1) {
         const int following = next(at + TILE_ROWS);
         fetch(following, stage ^ 1);
-        // Coefficients, while the tile is on its way. Of keys: by row and owned key, and weights; else by key.
-        float g[OF_KEYS ? GROUPS : NI][OF_KEYS ? 2 * MI : 2], w[NI][2];
-        if (OF_KEYS) {
-#pragma unroll
-            for (int i = 0; i < GROUPS; ++i) {
-#pragma unroll
-                for (int j = 0; j < 2 * MI; ++j) {
-                    const int r = (at + 32 * i) >> shift, key = mine_at + 8 * j;
-                    g[i][j] = r < p.count && key < keys ? p.by_key[r * p.key_width + key] : 0.0f;
-                }
-            }
-#pragma unroll
-            for (int ni = 0; ni < NI; ++ni) {
-                const int v = at + ni * 8 + lane % 4 * 2;
-                const float2 two = v < end ? *reinterpret_cast<const float2*>(p.weights + v) : make_float2(0.0f, 0.0f);
-                w[ni][0] = two.x;
-                w[ni][1] = two.y;
-            }
-        } else {
-            const float* row = p.scores + chunk_row * p.width + at + lane % 4 * 2;
-#pragma unroll
-            for (int ni = 0; ni < NI; ++ni) {
-                const bool some = chunk_row < p.count;
-                const float2 two = some ? *reinterpret_cast<const float2*>(row + ni * 8) : make_float2(0.0f, 0.0f);
-                g[ni][0] = two.x;
-                g[ni][1] = two.y;
-            }
-        }
         wait<1>();
         __syncthreads();
         const uint32_t x = x_base + stage * X_STAGE;
 
-        float s[MI][NI][4] = {};
+        float s[NI][4] = {};
         const int pairs = PLANES == 1 ? 1 : p.score_pairs >> 24;
         for (int pair = 0; pair < pairs; ++pair) {
             const int code = PLANES == 1 ? 0 : p.score_pairs >> (4 * pair), of_q = code & 3, of_k = code >> 2 & 3;
@@ -627,57 +558,60 @@ __device__ inline void grad(const Distill& p) {
             const uint32_t x_at = x + (OF_KEYS ? of_q : of_k) * X_PLANE;
 #pragma unroll
             for (int kk = 0; kk < DIM / 16; ++kk) {
-                uint32_t fa[MI][4];
-#pragma unroll
-                for (int mi = 0; mi < MI; ++mi) {
-                    load4(fa[mi], o_at + place<PITCH>(warp_at + mi * 16 + lane % 16, kk * 2 + lane / 16));
-                }
+                uint32_t fa[4];
+                load4(fa, o_at + place<PITCH>(warp_at + lane % 16, kk * 2 + lane / 16));
 #pragma unroll
                 for (int ni = 0; ni < NI; ni += 2) {
                     uint32_t fb[4];
                     load4(fb, x_at + place<PITCH>(ni * 8 + lane % 8 + lane / 16 * 8, kk * 2 + lane / 8 % 2));
-#pragma unroll
-                    for (int mi = 0; mi < MI; ++mi) {
-                        mma(s[mi][ni], fa[mi], fb[0], fb[1]);
-                        mma(s[mi][ni + 1], fa[mi], fb[2], fb[3]);
-                    }
+                    mma(s[ni], fa, fb[0], fb[1]);
+                    mma(s[ni + 1], fa, fb[2], fb[3]);
                 }
             }
         }
 
-        // T in place of S. [mi][ni][0, 1]: owned 2 * mi, others 2 * (lane % 4) and the next; [2, 3]: the owned after it.
-        uint32_t t[MI][KI][T_PLANES][4];
+        // T in place of S. [ni][0, 1]: first owned, others 2 * (lane % 4) and the next; [2, 3]: second owned.
+        const float* const c = coefficients + stage * per_stage;
+        float g[OF_KEYS ? 2 : NI][OF_KEYS ? 1 : 2];
+        if constexpr (OF_KEYS) {
 #pragma unroll
-        for (int mi = 0; mi < MI; ++mi) {
+            for (int i = 0; i < 2; ++i) g[i][0] = c[warp_at + 8 * i + lane / 4];
+        } else {
+            const float* row = c + (((first_own + warp_at) >> shift) - own_row) * TILE_ROWS + lane % 4 * 2;
 #pragma unroll
             for (int ni = 0; ni < NI; ++ni) {
+                g[ni][0] = row[ni * 8];
+                g[ni][1] = row[ni * 8 + 1];
+            }
+        }
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    float& x = s[mi][ni][j];
-                    if (OF_KEYS) {
-                        x = x > 0.0f ? g[ni * 8 / 32][2 * mi + j / 2] * w[ni][j % 2] : 0.0f;
-                    } else {
-                        float& sum = by_weight[2 * mi + j / 2];
-                        sum = fmaf(g[ni][j % 2], fmaxf(x, 0.0f), sum);
-                        x = x > 0.0f ? g[ni][j % 2] : 0.0f;
-                    }
+        for (int ni = 0; ni < NI; ++ni) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                float& x = s[ni][j];
+                if constexpr (OF_KEYS) {
+                    x = x > 0.0f ? g[j / 2][0] * c[own + ni * 8 + lane % 4 * 2 + j % 2] : 0.0f;
+                } else {
+                    by_weight[j / 2] = fmaf(g[ni][j % 2], fmaxf(x, 0.0f), by_weight[j / 2]);
+                    x = x > 0.0f ? g[ni][j % 2] : 0.0f;
                 }
             }
+        }
+        uint32_t t[KI][T_PLANES][4];
 #pragma unroll
-            for (int kk = 0; kk < KI; ++kk) {
+        for (int kk = 0; kk < KI; ++kk) {
 #pragma unroll
-                for (int i = 0; i < T_PLANES; ++i) {
+            for (int i = 0; i < T_PLANES; ++i) {
 #pragma unroll
-                    for (int j = 0; j < 4; ++j) {
-                        float* two = &s[mi][kk * 2 + j / 2][j % 2 * 2];
-                        t[mi][kk][i][j] = pack_high(two[0], two[1]);
-                    }
+                for (int j = 0; j < 4; ++j) {
+                    float* two = &s[kk * 2 + j / 2][j % 2 * 2];
+                    t[kk][i][j] = pack_high(two[0], two[1]);
                 }
             }
         }
 #pragma unroll
         for (int d = 0; d < DIM / 8; d += 2) {
-            float sum[MI][2][4] = {};
+            float sum[2][4] = {};
             // The smallest first, as for scores.
 #pragma unroll
             for (int plane = PLANES - 1; plane >= 0; --plane) {
@@ -687,19 +621,13 @@ __device__ inline void grad(const Distill& p) {
                     load4_transposed(fb, x + plane * X_PLANE + place<PITCH>(kk * 16 + lane % 16, d + lane / 16));
 #pragma unroll
                     for (int i = T_PLANES - plane - 1; i >= 0; --i) {
-#pragma unroll
-                        for (int mi = 0; mi < MI; ++mi) {
-                            mma(sum[mi][0], t[mi][kk][i], fb[0], fb[1]);
-                            mma(sum[mi][1], t[mi][kk][i], fb[2], fb[3]);
-                        }
+                        mma(sum[0], t[kk][i], fb[0], fb[1]);
+                        mma(sum[1], t[kk][i], fb[2], fb[3]);
                     }
                 }
             }
 #pragma unroll
-            for (int mi = 0; mi < MI; ++mi) {
-#pragma unroll
-                for (int j = 0; j < 8; ++j) out[mi][d + j / 4][j % 4] += sum[mi][j / 4][j % 4];
-            }
+            for (int j = 0; j < 8; ++j) out[d + j / 4][j % 4] += sum[j / 4][j % 4];
         }
         __syncthreads();
         at = following;
@@ -710,45 +638,27 @@ __device__ inline void grad(const Distill& p) {
 #pragma unroll
         for (int d = 0; d < DIM / 8; ++d) {
 #pragma unroll
-            for (int i = 0; i < 2 * MI; ++i) {
+            for (int i = 0; i < 2; ++i) {
                 const int key = mine_at + 8 * i;
                 if (key >= keys) continue;
                 *reinterpret_cast<float2*>(to + int64_t(key) * DIM + d * 8 + lane % 4 * 2) =
-                    make_float2(out[i / 2][d][i % 2 * 2], out[i / 2][d][i % 2 * 2 + 1]);
+                    make_float2(out[d][i * 2], out[d][i * 2 + 1]);
             }
         }
-    }
-#pragma unroll
-    for (int i = 0; i < (OF_KEYS ? 0 : 2 * MI); ++i) {
-        by_weight[i] += __shfl_xor_sync(~0u, by_weight[i], 1);
-        by_weight[i] += __shfl_xor_sync(~0u, by_weight[i], 2);
-        const int v = mine_at + 8 * i, r = v >> shift, h = v & (padded - 1);
-        const int64_t row = p.first + r;
-        if (r >= p.count || h >= p.heads || !p.live[1 + row] || isnan(p.row_loss[row])) continue;
-        if (p.grad_weights && lane % 4 == 0) p.grad_weights[row * p.grad_weights_row + h] += by_weight[i];
-        if (!p.grad_q) continue;
-        const float w = p.weights[v];
-        float* to = p.grad_q + row * p.grad_q_row + h * p.grad_q_head;
-#pragma unroll
-        for (int d = 0; d < DIM / 8; ++d) {
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const int at = d * 8 + lane % 4 * 2 + j;
-                if (at < p.dim) to[at] += w * out[i / 2][d][i % 2 * 2 + j];
-            }
-        }
+    } else {
+        add_to_row<DIM>(p, mine_at, by_weight, [&](int d, int i, int j) { return out[d][i * 2 + j]; });
     }
 }
 
 // By dimension, and planes of q and k: own rows and tile as large as 99 KB of shared memory and the registers allow.
-extern "C" __global__ void __launch_bounds__(128, 2) distill_grad_q_128(PARAMS Distill p) { grad<false, 1, 128, 2, 32>(p); }
-KERNEL(256) distill_grad_q_256(PARAMS Distill p) { grad<false, 1, 256, 1, 32>(p); }
-KERNEL(128) distill_grad_q_128_f32(PARAMS Distill p) { grad<false, 3, 128, 1, 32>(p); }
-KERNEL(64) distill_grad_q_256_f32(PARAMS Distill p) { grad<false, 3, 256, 1, 16>(p); }
-extern "C" __global__ void __launch_bounds__(128, 2) distill_grad_k_128(PARAMS Distill p) { grad<true, 1, 128, 2, 32>(p); }
-KERNEL(256) distill_grad_k_256(PARAMS Distill p) { grad<true, 1, 256, 1, 32>(p); }
-KERNEL(128) distill_grad_k_128_f32(PARAMS Distill p) { grad<true, 3, 128, 1, 32>(p); }
-KERNEL(64) distill_grad_k_256_f32(PARAMS Distill p) { grad<true, 3, 256, 1, 16>(p); }
+KERNEL_2(256) distill_grad_q_128(PARAMS Distill p) { grad<false, 1, 128, 32>(p); }
+KERNEL(256) distill_grad_q_256(PARAMS Distill p) { grad<false, 1, 256, 32>(p); }
+KERNEL(128) distill_grad_q_128_f32(PARAMS Distill p) { grad<false, 3, 128, 32>(p); }
+KERNEL(64) distill_grad_q_256_f32(PARAMS Distill p) { grad<false, 3, 256, 16>(p); }
+KERNEL_2(256) distill_grad_k_128(PARAMS Distill p) { grad<true, 1, 128, 32>(p); }
+KERNEL(256) distill_grad_k_256(PARAMS Distill p) { grad<true, 1, 256, 32>(p); }
+KERNEL(128) distill_grad_k_128_f32(PARAMS Distill p) { grad<true, 3, 128, 32>(p); }
+KERNEL(64) distill_grad_k_256_f32(PARAMS Distill p) { grad<true, 3, 256, 16>(p); }
 
 // The parts, in their order.
 KERNEL(THREADS) distill_add_k(PARAMS Distill p) {

@@ -1408,6 +1408,39 @@ fn distillation_outputs_and_graphs() {
     }
 }
 
+/// Rows further apart: read where they are if 16 bytes at a time can, packed else; the same bits.
+#[test]
+fn distillation_of_strided_tensors() {
+    let Some(g) = Gpu::open("distillation strides") else { return };
+    for restricted in [false, true] {
+        let case =
+            Case::shaped([3, 21, 5, 64], 31, &distill::RAGGED, Values::Bf16, restricted, false);
+        let (rows, keys) = (case.rows(), case.keys);
+        let want = distill_on_gpu(&g, &case);
+        for pad in [PAD, 3] {
+            let up = |name, x: &[f32], shape: &[usize]| {
+                let width = shape[1..].iter().product();
+                let row = |x: &[f32]| -> Vec<bf16> {
+                    let gap = std::iter::repeat_n(f32::NAN, pad);
+                    x.iter().copied().chain(gap).map(bf16::from_f32).collect()
+                };
+                let data: Vec<bf16> = x.chunks(width).flat_map(row).collect();
+                g.up(&padded(name, &data, shape, pad))
+            };
+            let mut on_gpu = DistillOnGpu::new(&g, &case);
+            on_gpu.op = DistillArgs {
+                q: up("q", &case.q, &[rows, 3, 21]),
+                k: up("k", &case.k, &[keys, 21]),
+                attention_q: Some(up("attention_q", &case.attention_q, &[rows, 5, 64])),
+                kv: Some(up("kv", &case.kv, &[keys, 64])),
+                ..on_gpu.op
+            };
+            on_gpu.add(&g, g.workspace(on_gpu.size), Stream::DEFAULT);
+            assert!(on_gpu.out(&g) == want, "{pad}");
+        }
+    }
+}
+
 /// What the CPU refuses makes the loss NaN here, and reaches no address.
 #[test]
 fn distillation_reports_what_it_cannot_use() {

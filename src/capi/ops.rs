@@ -710,7 +710,7 @@ unsafe fn distill_args<'a>(
 
 /// Bytes of workspace that `idxc_distill` needs for these shapes, or for smaller ones. On the CPU they do not grow with
 /// the number of keys; on CUDA they hold one or two float32 for each key (with `indices`: index, and key for `grad_k`) of
-/// 512 rows. Data pointers may be NULL.
+/// 1024 rows. Data pointers may be NULL.
 ///
 /// - Ownership: everything stays the caller's.
 /// - Threads: any.

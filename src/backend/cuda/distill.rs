@@ -13,10 +13,11 @@ const THREADS: u32 = 256;
 const ROWS: usize = 1024;
 /// Keys or columns of a tile of scores.
 const COLUMNS: usize = 128;
-/// Vectors of a tile of scores, where rows share it.
-const VECTORS: usize = 256;
-/// Dimensions of attention are padded to whole ones of these: a step of scores.
+/// Most vectors of a tile of scores.
+const VECTORS: usize = 128;
+/// Dimensions that a step of scores takes.
 const STEP: usize = 64;
+const STAGES: usize = 3;
 /// Most pieces that a chunk's rows are cut into for the gradient by the keys.
 const PARTS: usize = 8;
 
@@ -25,9 +26,9 @@ pub(super) struct Kernels {
     pack: Kernel,
     live: Kernel,
     count: Kernel,
-    /// For tiles of 32, 64, 128, 256 vectors.
-    scores: [Kernel; 4],
-    targets: [Kernel; 4],
+    /// For tiles of 32, 64, 128 vectors.
+    scores: [Kernel; 3],
+    targets: [Kernel; 3],
     rows: Kernel,
     scatter: Kernel,
     /// By [`Shape::variant`].
@@ -35,34 +36,83 @@ pub(super) struct Kernels {
     grad_k: [Kernel; 4],
     add_k: Kernel,
     loss: Kernel,
+    sm90: Option<Sm90>,
+}
+
+/// The same on Hopper: bf16, and up to 128 indexer dimensions.
+#[derive(Debug)]
+struct Sm90 {
+    /// Dense, for 32, 64, 128 padded heads.
+    targets: [Kernel; 3],
+    /// Dense.
+    grad_q: Kernel,
+    grad_k: Kernel,
+}
+
+impl Sm90 {
+    fn load(gpu: &Gpu) -> Result<Option<Self>> {
+        const FILE: &str = "distill_sm90";
+        if !gpu.has(FILE) {
+            return Ok(None);
+        }
+        let kernel = |name, shared| gpu.kernel(FILE, name, shared);
+        let targets = |name| kernel(name, sm90_targets_shared(SM90_DIM));
+        Ok(Some(Sm90 {
+            targets: [
+                targets(c"distill_targets_32_sm90")?,
+                targets(c"distill_targets_64_sm90")?,
+                targets(c"distill_targets_128_sm90")?,
+            ],
+            grad_q: kernel(c"distill_grad_q_sm90", SM90_GRAD_SHARED)?,
+            grad_k: kernel(c"distill_grad_k_sm90", SM90_GRAD_SHARED)?,
+        }))
+    }
 }
 
 const fn tile_shared(vectors: usize) -> u32 {
-    let (stages, step) = if vectors == VECTORS { (4, STEP / 2) } else { (3, STEP) };
-    (stages * (COLUMNS + vectors) * step * 2) as u32
+    (STAGES * (COLUMNS + vectors) * STEP * 2) as u32
 }
+
+/// Most attention dimensions that `distill_sm90.cu` holds in shared memory.
+const SM90_DIM: usize = 640;
+const SM90_TARGETS_THREADS: u32 = 384;
+const SM90_GRAD_THREADS: u32 = 128;
+/// Vectors or keys that a gradient's block owns.
+const SM90_OWN: usize = 64;
+
+/// Vectors, two rings of four stages of 64 keys, barriers.
+const fn sm90_targets_shared(dim: usize) -> u32 {
+    (2 * VECTORS * dim + 2 * 4 * 64 * STEP * 2 + 16 * 8) as u32
+}
+
+/// What is owned, and twice a tile of the others with its coefficients.
+const SM90_GRAD_SHARED: u32 = (3 * SM90_OWN * 128 * 2 + 2 * 3 * 64 * 4) as u32;
+
+/// Vectors or keys that a warp of the gradients owns.
+const OWN: usize = 16;
 
 /// Sizes that a gradient kernel was compiled for.
 #[derive(Clone, Copy)]
 struct Variant {
     planes: usize,
     dim: usize,
-    /// Vectors that a warp owns, and warps at most.
-    own: usize,
+    /// Warps at most, each of which owns [`OWN`] vectors.
     warps: usize,
     tile: usize,
 }
 
 const VARIANTS: [Variant; 4] = [
-    Variant { planes: 1, dim: 128, own: 32, warps: 4, tile: 32 },
-    Variant { planes: 1, dim: 256, own: 16, warps: 8, tile: 32 },
-    Variant { planes: 3, dim: 128, own: 16, warps: 4, tile: 32 },
-    Variant { planes: 3, dim: 256, own: 16, warps: 2, tile: 16 },
+    Variant { planes: 1, dim: 128, warps: 8, tile: 32 },
+    Variant { planes: 1, dim: 256, warps: 8, tile: 32 },
+    Variant { planes: 3, dim: 128, warps: 4, tile: 32 },
+    Variant { planes: 3, dim: 256, warps: 2, tile: 16 },
 ];
 
 impl Variant {
     const fn shared(self, warps: usize) -> u32 {
-        (self.planes * (self.own * warps + 2 * self.tile) * self.dim * 2) as u32
+        let own = OWN * warps;
+        // Vectors as bf16, and of both tiles f32 coefficients.
+        (self.planes * (own + 2 * self.tile) * self.dim * 2 + 2 * (own + self.tile) * 4) as u32
     }
 }
 
@@ -78,13 +128,11 @@ impl Kernels {
                 kernel(c"distill_scores_32", tile_shared(32))?,
                 kernel(c"distill_scores_64", tile_shared(64))?,
                 kernel(c"distill_scores_128", tile_shared(128))?,
-                kernel(c"distill_scores", tile_shared(VECTORS))?,
             ],
             targets: [
                 kernel(c"distill_targets_32", tile_shared(32))?,
                 kernel(c"distill_targets_64", tile_shared(64))?,
                 kernel(c"distill_targets_128", tile_shared(128))?,
-                kernel(c"distill_targets", tile_shared(VECTORS))?,
             ],
             rows: kernel(c"distill_rows", 0)?,
             scatter: kernel(c"distill_scatter", 0)?,
@@ -102,6 +150,7 @@ impl Kernels {
             ],
             add_k: kernel(c"distill_add_k", 0)?,
             loss: kernel(c"distill_loss", 0)?,
+            sm90: Sm90::load(gpu)?,
         })
     }
 }
@@ -151,7 +200,7 @@ impl Shape {
     fn of(op: &Distill<'_>, sms: usize) -> Self {
         let f32 = planes(&op.q).max(planes(&op.k)) > 1;
         let variant = 2 * usize::from(f32) + usize::from(op.dim > VARIANTS[0].dim);
-        let Variant { dim, own, warps, .. } = VARIANTS[variant];
+        let Variant { dim, warps, .. } = VARIANTS[variant];
         let [heads, d_qk, of_q, of_kv] = match &op.target {
             Target::Given(_) => [0; 4],
             Target::Attention { q, kv, .. } => [
@@ -164,7 +213,7 @@ impl Shape {
         let columns = op.indices.map_or(op.keys, |v| v.shape()[1]);
         let key_width = op.keys.next_multiple_of(COLUMNS);
         // Enough blocks for the device, and scratch that never grows when the keys get fewer.
-        let (own, wanted) = (own * warps, 4 * sms);
+        let (own, wanted) = (OWN * warps, 4 * sms);
         let parts = (wanted / op.keys.div_ceil(own).max(1)).clamp(1, PARTS);
         let most = op.keys.saturating_mul(PARTS).min(op.keys.max(wanted * own));
         let by_key = op.grad_k.is_some();
@@ -414,8 +463,12 @@ impl Cuda {
         pack_kv.map_or(Ok(()), pack)?;
 
         let columns = op.indices.map_or(op.keys, |v| v.shape()[1]);
+        let dense = op.indices.is_none();
+        // Attention as it is in one plane; gradients that Hopper's kernels can compute.
+        let whole = s.attention_planes == [1, 1];
+        let sm90 = kernels.sm90.as_ref().filter(|_| s.variant == 0);
         // Vectors of a tile of scores: many rows, or one whose keys are its own.
-        let tile = |padded: usize| if op.indices.is_some() { padded } else { VECTORS };
+        let tile = |padded: usize| if dense { VECTORS } else { padded };
         let of_tile = |vectors: usize| vectors.ilog2() as usize - 5;
         for first in (0..op.rows).step_by(ROWS) {
             let count = ROWS.min(op.rows - first);
@@ -436,34 +489,113 @@ impl Cuda {
                 Some(p) => pack(later(p, size(p.type_)))?,
                 None => params.attention_q.data += (2 * n(first) * params.attention_q.row) as Ptr,
             }
-            let score = |kernels: &[Kernel; 4], padded: usize| {
+            let score = |kernels: &[Kernel; 3], padded: usize| {
                 let vectors = tile(padded);
                 let grid = (columns.div_ceil(COLUMNS), (count * padded).div_ceil(vectors));
                 launch(&kernels[of_tile(vectors)], grid, THREADS, tile_shared(vectors), &params)
             };
             score(&kernels.scores, s.heads)?;
-            if params.target == 0 {
-                score(&kernels.targets, s.attention_heads)?;
+            match &kernels.sm90 {
+                _ if params.target != 0 => {}
+                Some(sm90) if dense && whole && s.attention_dim <= SM90_DIM => {
+                    let kernel = &sm90.targets[of_tile(s.attention_heads)];
+                    let grid = ((count * s.attention_heads).div_ceil(VECTORS), 1);
+                    let shared = sm90_targets_shared(s.attention_dim);
+                    launch(kernel, grid, SM90_TARGETS_THREADS, shared, &params)?;
+                }
+                _ => score(&kernels.targets, s.attention_heads)?,
             }
             launch(&kernels.rows, (count, 1), THREADS, 0, &params)?;
             if params.grad_q != 0 || params.grad_weights != 0 {
-                // Keys of a row's own: one row a block.
-                let warps = variant.warps.min(tile(s.heads) / variant.own);
-                let grid = ((count * s.heads).div_ceil(variant.own * warps), 1);
-                let (threads, shared) = (32 * warps as u32, variant.shared(warps));
-                launch(&kernels.grad_q[s.variant], grid, threads, shared, &params)?;
+                let vectors = count * s.heads;
+                if let (Some(sm90), true) = (sm90, dense) {
+                    let grid = (vectors.div_ceil(SM90_OWN), 1);
+                    launch(&sm90.grad_q, grid, SM90_GRAD_THREADS, SM90_GRAD_SHARED, &params)?;
+                } else {
+                    // Keys of a row's own: one row a block.
+                    let warps = variant.warps.min(tile(s.heads) / OWN);
+                    let grid = (vectors.div_ceil(OWN * warps), 1);
+                    let (threads, shared) = (32 * warps as u32, variant.shared(warps));
+                    launch(&kernels.grad_q[s.variant], grid, threads, shared, &params)?;
+                }
             }
             if params.grad_k != 0 {
-                if op.indices.is_some() {
+                if !dense {
                     launch(&kernels.scatter, (count, 1), THREADS, 0, &params)?;
                 }
-                let grid = (op.keys.div_ceil(variant.own * variant.warps), s.parts);
-                let (threads, shared) = (32 * variant.warps as u32, variant.shared(variant.warps));
-                launch(&kernels.grad_k[s.variant], grid, threads, shared, &params)?;
+                let grid = |own: usize| (op.keys.div_ceil(own), s.parts);
+                if let Some(sm90) = sm90 {
+                    let grid = grid(SM90_OWN);
+                    launch(&sm90.grad_k, grid, SM90_GRAD_THREADS, SM90_GRAD_SHARED, &params)?;
+                } else {
+                    let grid = grid(OWN * variant.warps);
+                    let (threads, shared) =
+                        (32 * variant.warps as u32, variant.shared(variant.warps));
+                    launch(&kernels.grad_k[s.variant], grid, threads, shared, &params)?;
+                }
                 let grid = ((op.keys * vector).div_ceil(THREADS as usize), 1);
                 launch(&kernels.add_k, grid, THREADS, 0, &params)?;
             }
         }
         launch(&kernels.loss, (1, 1), 1024, 0, &params)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::{Shape, VARIANTS, lay};
+    use crate::layout::Addresses;
+    use crate::ops::DistillArgs;
+    use crate::tensor::{DType, Device, Tensor, dense_strides};
+
+    fn bytes(rows: usize, keys: usize, dim: usize, topk: Option<usize>) -> usize {
+        let t = |name, dtype, shape: &[usize]| {
+            let strides = dense_strides(shape);
+            let (device, strides) = (Device::Cuda(0), &strides[..shape.len()]);
+            Tensor::without_data(name, device, dtype, shape, strides).unwrap()
+        };
+        let (half, float) = (DType::Bf16, DType::F32);
+        let op = DistillArgs {
+            q: t("q", half, &[rows, 32, dim]),
+            k: t("k", half, &[keys, dim]),
+            weights: t("weights", float, &[rows, 32]),
+            row_start: None,
+            row_end: None,
+            indices: topk.map(|k| t("indices", DType::I32, &[rows, k])),
+            target: None,
+            attention_q: Some(t("attention_q", half, &[rows, 128, 576])),
+            kv: Some(t("kv", half, &[keys, 576])),
+            lse: Some(t("lse", float, &[rows, 128])),
+            softmax_scale: 1.0,
+            layer_weight: 1.0,
+            loss: t("loss", float, &[1]),
+            grad_q: Some(t("grad_q", float, &[rows, 32, dim])),
+            grad_k: Some(t("grad_k", float, &[keys, dim])),
+            grad_weights: Some(t("grad_weights", float, &[rows, 32])),
+        }
+        .check()
+        .unwrap();
+        let mut a = Addresses::measure();
+        lay(&mut a, &op, &Shape::of(&op, 132));
+        a.used()
+    }
+
+    #[test]
+    fn scratch_is_for_a_chunk_of_rows_and_shrinks_with_the_shapes() {
+        for topk in [None, Some(2048)] {
+            let mut least = 0;
+            for keys in (0..40_000).step_by(997) {
+                let now = bytes(5000, keys, 128, topk);
+                assert!(now >= least, "{keys} keys");
+                least = now;
+            }
+            assert!(bytes(5000, 9000, 64, topk) <= bytes(5000, 9000, 128, topk));
+            assert!(bytes(5000, 9000, 128, topk) < bytes(5000, 9000, VARIANTS[1].dim, topk));
+            assert!(bytes(300, 9000, 128, topk) < bytes(5000, 9000, 128, topk));
+            // Of 32K rows and keys, one number each would be 4 GiB.
+            let long = bytes(32 << 10, 32 << 10, 128, topk);
+            assert!(long < 700 << 20, "{long}");
+        }
     }
 }
