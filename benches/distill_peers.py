@@ -3,11 +3,12 @@
     cargo build --release
     PYTHONPATH=bindings/python/src INDEXCACHE_LIBRARY=target/release/libindexcache.so python benches/distill_peers.py
 
-One causal sequence; an indexer of 32 heads of 128 and a served layer of 128 heads of 576, all bf16; loss, and gradients by
-q, k and the head weights. Two kinds of call: the target computed from the layer's queries, KV rows and log-sum-exp, and
-the target given (float32 [rows, keys]). PyTorch's side is what one would write: the indexer's products of all heads at
-once under autograd, with the target from groups of attention heads, so that 8K fits at all. `compile`: the same function
-under torch.compile. Medians of CUDA events, largest memory beyond the inputs, and errors against float64.
+One causal sequence; an indexer of 32 heads of 128 and a served layer of 128 heads of 576, all bf16; loss, and gradients
+by q, k and the head weights. Two kinds of call: the target computed from the layer's queries, KV rows and log-sum-exp,
+and the target given (float32 [rows, keys]). PyTorch's side is what one would write: the indexer's products of all heads
+at once under autograd, with the target from groups of attention heads, so that 8K fits at all. `compile`: the same
+functions under torch.compile. Medians of CUDA events, largest memory beyond the inputs, and errors against float64
+(of gradients in bf16, as autograd wants them).
 """
 import argparse
 import json
@@ -39,7 +40,7 @@ def inputs(n, seed=0):
     return x
 
 
-def target_of(attention_q, kv, lse, rows=None):
+def target_of(attention_q, kv, lse):
     """[rows, keys], not normalised."""
     p = 0
     for h in range(0, attention_q.shape[1], GROUP):
@@ -80,7 +81,7 @@ def our_step(context, x, given, indices=None):
 def exact(x, given):
     """In float64, some rows at a time."""
     q, k, w = (x[n].double() for n in ("q", "k", "weights"))
-    n, rows = len(q), 32
+    n, rows = len(q), 128
     grads, loss = [torch.zeros_like(t) for t in (q, k, w)], 0
     for r in range(0, n, rows):
         part = slice(r, r + rows)
