@@ -83,6 +83,26 @@ struct Select {
 };
 static_assert(sizeof(Select) == 248, "params.rs");
 
+// Decode: the rows of requests `first` to `first + requests`, `queries` each. Row i of them has its scores, as ranks, at
+// `scores + i * scores_row` and the best of every 8 at `tops + i * tops_row`; rows of at most k positions are not scored.
+// `out` null: the scores are the result, as floats in `columns` columns.
+struct Decode {
+    Indexer ix;
+    uint32_t* scores;
+    uint32_t* tops;
+    int32_t* out;
+    int64_t scores_row;
+    int64_t tops_row;
+    int64_t out_row;
+    int64_t columns;
+    int64_t first;
+    int32_t requests;
+    int32_t queries;
+    int32_t k;
+    int32_t stages;
+};
+static_assert(sizeof(Decode) == 272, "params.rs");
+
 struct IndexKWrite {
     const void* k;
     const void* slots;

@@ -197,6 +197,9 @@ struct Index {
     row_request: Vec<i32>,
     row_start: Vec<i32>,
     row_end: Vec<i32>,
+    requests: usize,
+    /// Rows go to requests evenly, without `row_request`.
+    even: bool,
 }
 
 impl Index {
@@ -265,13 +268,30 @@ impl Index {
             row_request,
             row_start,
             row_end,
+            requests: REQUESTS,
+            even: false,
         }
+    }
+
+    /// Decode: fp8 pages of 128 dimensions, rows split evenly over requests, block tables of `per` pages.
+    fn decode(
+        rng: &mut Rng,
+        requests: usize,
+        lens: &[usize],
+        heads: usize,
+        levels: usize,
+        per: usize,
+    ) -> Self {
+        let mut ix = Index::new(rng, Kind::PagedF8, lens, heads, 128, levels);
+        ix.table = (0..requests * per).map(|_| rng.below(ix.pages) as i32).collect();
+        (ix.requests, ix.even) = (requests, true);
+        ix
     }
 
     fn args(&self) -> IndexerArgs<'_> {
         let (rows, heads, dim, keys) = (self.rows, self.heads, self.dim, self.scale.len());
         let paged = matches!(self.kind, Kind::PagedF8 | Kind::PagedBf16);
-        let per = self.table.len() / REQUESTS;
+        let per = self.table.len() / self.requests;
         IndexerArgs {
             q: match self.kind {
                 Kind::F8 | Kind::PagedF8 => padded("q", &self.q8, &[rows, heads, dim], PAD),
@@ -286,8 +306,9 @@ impl Index {
             },
             k_scale: (self.kind == Kind::F8).then(|| t("k_scale", &self.scale, &[keys])),
             map: KeyMapArgs {
-                block_table: paged.then(|| t("block_table", &self.table, &[REQUESTS, per])),
-                row_request: paged.then(|| t("row_request", &self.row_request, &[rows])),
+                block_table: paged.then(|| t("block_table", &self.table, &[self.requests, per])),
+                row_request: (paged && !self.even)
+                    .then(|| t("row_request", &self.row_request, &[rows])),
                 row_start: (!paged).then(|| t("row_start", &self.row_start, &[rows])),
                 row_end: Some(t("row_end", &self.row_end, &[rows])),
             },
@@ -316,7 +337,7 @@ impl Index {
     fn scored(&self, g: &Gpu, args: IndexerArgs<'_>) -> (Vec<f32>, usize) {
         let longest = match self.kind {
             Kind::F8 | Kind::Bf16 => self.scale.len(),
-            _ => self.table.len() / REQUESTS * PAGE,
+            _ => self.table.len() / self.requests * PAGE,
         };
         let mut logits = vec![7f32; self.rows * longest];
         let dev = g.up(&m("logits", &mut logits, &[self.rows, longest]));
@@ -333,8 +354,10 @@ impl Index {
         let ends: Vec<i32> = (0..self.rows)
             .map(|r| {
                 let paged = self.kind == Kind::PagedF8;
-                let padding = paged && self.row_request[r] < 0;
-                if padding { 0 } else { self.row_end[r] - self.row_start[r] }
+                let padding = paged && !self.even && self.row_request[r] < 0;
+                // What the CPU would refuse, a device treats as the nearest length.
+                let len = (self.row_end[r] - self.row_start[r]).clamp(0, columns as i32);
+                if padding { 0 } else { len }
             })
             .collect();
         let mut best = vec![-9i32; self.rows * k];
@@ -741,6 +764,143 @@ fn select_is_exact() {
     if !small() {
         check(Kind::PagedF8, &[30_000, 29_999, 4097, 4096, 4095], 64, 128, 0, 4096);
         check(Kind::PagedF8, &[30_000, 9_999, 2], 32, 128, 0, 1);
+    }
+}
+
+/// Kernels for decode may round scores otherwise than the CPU: they select exactly by their own, which are near.
+#[test]
+fn decode_is_exact_by_its_own_scores() {
+    let Some(g) = Gpu::open("decode") else { return };
+    let mut rng = Rng(21);
+    let mut check = |requests, lens: &[usize], heads, levels, per, k| {
+        let ix = Index::decode(&mut rng, requests, lens, heads, levels, per);
+        let args = g.up_indexer(&ix.args());
+        let ((logits, _), want) = (ix.scored(&g, args), ix.selected(&g, args, k));
+        let mut blank = vec![-7i32; ix.rows * k];
+        let dev = g.up(&m("indices", &mut blank, &[ix.rows, k]));
+        g.select(args, dev, Stream::DEFAULT);
+        let name = format!("{requests} requests, {lens:?}, heads {heads}, levels {levels}, k {k}");
+        assert!(g.down(&dev) == raw(&want), "{name}");
+
+        let columns = per * PAGE;
+        let mut near = vec![7f32; ix.rows * columns];
+        let out = m("logits", &mut near, &[ix.rows, columns]);
+        g.cpu.indexer_logits(&ix.args().check_logits(out).unwrap(), Stream::DEFAULT).unwrap();
+        for (row, &len) in lens.iter().enumerate() {
+            let (a, b) = (&logits[row * columns..][..columns], &near[row * columns..][..columns]);
+            let square = |x: f32| f64::from(x) * f64::from(x);
+            let norm: f64 = b[..len].iter().map(|&x| square(x)).sum();
+            let off: f64 = a[..len].iter().zip(b).map(|(&x, &y)| square(x - y)).sum();
+            // A norm over a few positions may be all cancellation.
+            assert!(
+                len < PAGE || off <= 2.5e-7 * norm,
+                "{name}: row {row} is off by {off} of {norm}"
+            );
+            assert!(a[len..].iter().all(|&x| x == f32::NEG_INFINITY), "{name}: row {row}");
+        }
+    };
+    let long = if small() { 1_100 } else { 40_000 };
+    for heads in [4, 16, 24, 32, 64] {
+        for levels in [0, 3] {
+            let lens = [long, 0, 1, 95, 96, 97, long - 1, 777, 64];
+            check(9, &lens, heads, levels, long.div_ceil(PAGE) + 2, 96);
+            check(3, &lens, heads, levels, long.div_ceil(PAGE), 96);
+        }
+        if small() {
+            return;
+        }
+    }
+    for (requests, queries) in [(2, 1), (1, 2), (2, 5), (3, 8)] {
+        let lens: Vec<usize> =
+            (0..requests * queries).map(|i| 2_040 + 3 * i + i % 3 * 9_000).collect();
+        check(requests, &lens, 64, 0, 500, 2048);
+    }
+    check(1, &[200_001], 64, 0, 3_200, 2048);
+    check(2, &[131_072, 70_000], 32, 4, 2_048, 4096);
+    // More requests than a launch takes; more scores than scratch holds, by the width of the table.
+    let lens: Vec<usize> = (0..700).map(|i| i * 37 % 900).collect();
+    check(700, &lens, 8, 0, 15, 64);
+    let lens: Vec<usize> = (0..20).map(|i| i * 2_711 % 5_000).collect();
+    check(20, &lens, 4, 0, 31_250, 64);
+}
+
+#[test]
+fn decode_does_not_depend_on_other_rows() {
+    let Some(g) = Gpu::open("decode, rows apart") else { return };
+    let mut rng = Rng(22);
+    let (k, per, queries) = (64, 40, 2);
+    let lens = [2_500, 2_499, 64, 70, 1_300, 1_301];
+    let mut ix = Index::decode(&mut rng, 3, &lens, 32, 0, per);
+    // Pages that are not there, and lengths past the table's end and below zero.
+    ix.table[3] = -1;
+    ix.table[per + 1] = ix.pages as i32;
+    ix.row_end[1] = 1 << 30;
+    ix.row_end[4] = -5;
+    let args = g.up_indexer(&ix.args());
+    let mut blank = vec![-7i32; ix.rows * k];
+    let out = g.up(&m("indices", &mut blank, &[ix.rows, k]));
+    let ((logits, _), want) = (ix.scored(&g, args), ix.selected(&g, args, k));
+    for _ in 0..20 {
+        g.select(args, out, Stream::DEFAULT);
+        assert!(g.down(&out) == raw(&want));
+    }
+    for request in 0..3 {
+        let rows = request * queries..(request + 1) * queries;
+        let mut one = Index::decode(&mut rng, 1, &lens[rows.clone()], 32, 0, per);
+        let each = ix.q8.len() / ix.rows;
+        one.q8 = ix.q8[rows.start * each..rows.end * each].to_vec();
+        one.w = ix.w[rows.start * 32..rows.end * 32].to_vec();
+        one.planar.clone_from(&ix.planar);
+        one.pages = ix.pages;
+        one.table = ix.table[request * per..][..per].to_vec();
+        one.row_end = ix.row_end[rows.clone()].to_vec();
+        let (alone, _) = one.scored(&g, g.up_indexer(&one.args()));
+        let columns = per * PAGE;
+        assert!(raw(&alone) == raw(&logits[rows.start * columns..rows.end * columns]), "{request}");
+    }
+}
+
+#[test]
+fn a_captured_decode_serves_other_lengths_and_tables() {
+    let Some(g) = Gpu::open("decode, capture") else { return };
+    let mut rng = Rng(23);
+    let (k, per) = (64, 50);
+    let mut ix = Index::decode(&mut rng, 5, &[3000, 60, 65, 2000, 0], 64, 0, per);
+    let args = g.up_indexer(&ix.args());
+    let mut blank = vec![-7i32; ix.rows * k];
+    let out = g.up(&m("indices", &mut blank, &[ix.rows, k]));
+    let op = args.check_select(out).unwrap();
+    let ws = || g.workspace(g.gpu.select_workspace(&op));
+    let (first, second) = (ws(), ws());
+    let stream = result::stream::create(result::stream::StreamKind::NonBlocking).unwrap();
+    // SAFETY: a stream of ours, from begin to end on this thread.
+    let graph = unsafe {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        result::stream::begin_capture(stream, mode).unwrap();
+        // Another kind of node in front, and a select right behind a select.
+        result::memset_d8_async(out.as_ptr().addr() as u64, 0x77, 4 * ix.rows * k, stream).unwrap();
+        g.gpu.select(&op, first, raw_stream(stream)).unwrap();
+        g.gpu.select(&op, second, raw_stream(stream)).unwrap();
+        result::stream::end_capture(stream).unwrap()
+    };
+    let mut exec = std::ptr::null_mut();
+    // SAFETY: a whole graph.
+    unsafe { sys::cuGraphInstantiateWithFlags(&raw mut exec, graph, 0) }.result().unwrap();
+    for lens in [[3000, 60, 65, 2000, 0], [64, 3001, 0, 1, 2900], [0, 0, 0, 0, 0], [2999; 5]] {
+        ix.row_end = lens.to_vec();
+        ix.table = (0..5 * per).map(|_| rng.below(ix.pages) as i32).collect();
+        g.set(&args.map.row_end.unwrap(), &ix.row_end);
+        g.set(&args.map.block_table.unwrap(), &ix.table);
+        // SAFETY: everything the graph uses is alive.
+        unsafe { result::graph::launch(exec, stream) }.unwrap();
+        let want = ix.selected(&g, args, k);
+        assert!(g.down(&out) == raw(&want), "{lens:?}");
+    }
+    // SAFETY: created above, idle.
+    unsafe {
+        result::graph::exec_destroy(exec).unwrap();
+        result::graph::destroy(graph).unwrap();
+        result::stream::destroy(stream).unwrap();
     }
 }
 

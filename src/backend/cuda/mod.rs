@@ -3,6 +3,7 @@
 //! Nothing here waits, allocates or looks at device data: what the host cannot see, the kernels guard.
 
 mod attention;
+mod decode;
 mod distill;
 mod driver;
 mod images;
@@ -14,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::layout::{Addresses, Workspace, with_slack};
 use crate::ops::*;
 use crate::tensor::{Device, Element, View, ViewMut};
+use decode::Decode;
 use driver::{Gpu, Kernel};
 use indexer_sm90::{Dense, IndexerSm90};
 use params::{Ptr, at, n, per_row, small};
@@ -54,6 +56,7 @@ pub struct Cuda {
     kv_write: Kernel,
     attention: Kernel,
     distill: distill::Kernels,
+    decode: Option<Decode>,
     indexer_sm90: Option<IndexerSm90>,
     attention_sm90: Option<attention::Attention>,
 }
@@ -217,6 +220,7 @@ impl Cuda {
             kv_write: kernel("kv", c"kv_write", 0)?,
             attention: kernel("attention", c"attention", attention_shared(MAX_QK_DIM))?,
             distill: distill::Kernels::load(&gpu)?,
+            decode: Decode::load(&gpu)?,
             indexer_sm90: IndexerSm90::load(&gpu)?,
             attention_sm90: attention::Attention::load(&gpu)?,
             gpu,
@@ -344,6 +348,11 @@ impl Cuda {
     pub fn indexer_logits(&self, op: &IndexerLogits<'_>, stream: Stream) -> Result<()> {
         let ix = &op.indexer;
         self.device(ix.device)?;
+        if let Some(decode) = &self.decode
+            && decode.logits(&self.gpu, op, stream)?
+        {
+            return Ok(());
+        }
         if let Some(sm90) = &self.indexer_sm90
             && sm90.logits(&self.gpu, op, stream)?
         {
@@ -381,7 +390,8 @@ impl Cuda {
         let mut a = Addresses::measure();
         lay_lists(&mut a, self.select_blocks(), capacity(op.topk));
         let sm90 = self.indexer_sm90.as_ref().map_or(0, |x| x.scratch(&self.gpu, op));
-        a.used().max(sm90)
+        let decode = self.decode.as_ref().map_or(0, |_| decode::scratch(op));
+        a.used().max(sm90).max(decode)
     }
 
     /// Scores and selects.
@@ -389,6 +399,11 @@ impl Cuda {
         let (ix, k) = (&op.indexer, op.topk);
         self.device(ix.device)?;
         let base = ws.on(ix.device, self.select_scratch(op))?;
+        if let Some(decode) = &self.decode
+            && decode.select(&self.gpu, op, base, stream)?
+        {
+            return Ok(());
+        }
         if let Some(sm90) = &self.indexer_sm90 {
             if let Some(dense) = sm90.dense(&self.gpu, op, base, stream)? {
                 return self.topk_dense(op, &dense, stream);

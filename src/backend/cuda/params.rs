@@ -82,6 +82,21 @@ params! {
         k: i32,
         capacity: i32,
     }
+    struct Decode = 272 {
+        ix: Indexer,
+        scores: Ptr,
+        tops: Ptr,
+        out: Ptr,
+        scores_row: i64,
+        tops_row: i64,
+        out_row: i64,
+        columns: i64,
+        first: i64,
+        requests: i32,
+        queries: i32,
+        k: i32,
+        stages: i32,
+    }
     struct IndexKWrite = 80 {
         k: Ptr,
         slots: Ptr,
