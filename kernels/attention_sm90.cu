@@ -119,7 +119,7 @@ __device__ inline void attend(const AttentionSm90& s) {
             sm.empty[i].init(8);
             sm.ready[i].init(128);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        sm90::init_done();
     }
     wait_for_previous();
     launch_dependents();

@@ -1,14 +1,17 @@
-// What Hopper's tensor cores want: descriptors, wgmma for bf16, mbarriers, asynchronous 16-byte copies.
+// bf16 products on Hopper's tensor cores, beside what sm90.cuh has: descriptors, wgmma, 16-byte copies with holes.
 //
 // A tile of 64 rows by d columns lies in shared memory as d / 64 blocks of [64 rows][128 bytes], each 1024-byte
 // aligned, its 16-byte chunks exchanged by `chunk ^ row % 8`: the 128-byte swizzle. Such a block is K-major for rows
 // times columns summed over columns, and MN-major ("transposed") for sums over rows, so keys and values are one tile.
 #pragma once
-#include <stdint.h>
+#include "sm90.cuh"
+
+using sm90::launch_dependents;
+using sm90::wait_for_previous;
 
 constexpr int BLOCK_BYTES = 64 * 128;
 
-__device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+__device__ inline uint32_t shared_address(const void* p) { return sm90::smem(p); }
 
 // 128-byte swizzle; groups of eight rows are 1024 bytes apart, 64-column blocks (when transposed) BLOCK_BYTES.
 __device__ inline uint64_t descriptor(uint32_t address) {
@@ -37,7 +40,7 @@ __device__ inline uint64_t further(uint64_t descriptor, int bytes) { return desc
 // Byte offset of a 16-byte chunk of a block.
 __device__ inline uint32_t swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
-__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_fence() { sm90::wgmma_begin(); }
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int GROUPS>
 __device__ inline void wgmma_wait() {
@@ -120,21 +123,11 @@ __device__ inline void named_barrier(int id) {
 struct Barrier {
     uint64_t word;
 
-    __device__ uint32_t at() const { return shared_address(&word); }
-    __device__ void init(int count) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at()), "r"(count)); }
-    __device__ void arrive() { asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(at()) : "memory"); }
+    __device__ void init(int count) { sm90::init(&word, count); }
+    __device__ void arrive() { sm90::arrive(&word); }
     // Arrives when this thread's copies so far have landed.
-    __device__ void arrive_copies() {
-        asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(at()) : "memory");
-    }
-    __device__ void wait(int parity) {
-        asm volatile(
-            "{.reg .pred p;\n"
-            "again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n"
-            "@!p bra again;}" ::"r"(at()),
-            "r"(parity)
-            : "memory");
-    }
+    __device__ void arrive_copies() { sm90::arrive_after_copies(&word); }
+    __device__ void wait(int parity) { sm90::wait(&word, parity); }
 };
 
 // 16 bytes, or zeros when `there` is false; nothing is read then.
@@ -142,11 +135,8 @@ __device__ inline void copy16(uint32_t to, const void* from, bool there) {
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0)
                  : "memory");
 }
+
 template <int GROUPS>
 __device__ inline void wait_copies() {
     asm volatile("cp.async.commit_group;\ncp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
-
-// Lets the next kernel of the stream, if it was launched so, be set up; and waits for the end of the one before.
-__device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ inline void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
