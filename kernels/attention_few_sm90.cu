@@ -206,36 +206,32 @@ __device__ inline void attend(const AttentionSm90& s) {
         }
     }
     __syncthreads();
+    // Out through the tile's memory, a head at a time; heads are 16 bytes more than their columns apart.
     const bool wide = s.splits > 1 || p.out_type == F32;
+    const int bytes = wide ? D_V * 4 : D_V * 2, pitch = bytes + 16;
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            const int h = j * 8 + lane % 4 * 2 + c, column = w * 256 + warp * 16 + lane / 4;
-            if (h >= p.heads) continue;
+        for (int i = 0; i < 4; ++i) {
+            const int h = j * 8 + lane % 4 * 2 + i % 2, column = w * 256 + warp * 16 + lane / 4 + i / 2 * 8;
             const float norm = sm.fade[h];
 #pragma unroll
             for (int b = 0; b < 4; ++b) {
-#pragma unroll
-                for (int r = 0; r < 2; ++r) o[b][4 * j + 2 * r + c] = norm == 0.0f ? 0.0f : o[b][4 * j + 2 * r + c] * norm;
-            }
-            if (wide) {
-                float* to = s.splits > 1 ? s.part_out + (part * p.heads + h) * D_V
-                                         : static_cast<float*>(p.out) + row * p.out_row + h * p.out_head;
-#pragma unroll
-                for (int b = 0; b < 4; ++b) {
-                    to[column + b * 64] = o[b][4 * j + c];
-                    to[column + b * 64 + 8] = o[b][4 * j + 2 + c];
-                }
-            } else {
-                __nv_bfloat16* to = static_cast<__nv_bfloat16*>(p.out) + row * p.out_row + h * p.out_head;
-#pragma unroll
-                for (int b = 0; b < 4; ++b) {
-                    to[column + b * 64] = __float2bfloat16_rn(o[b][4 * j + c]);
-                    to[column + b * 64 + 8] = __float2bfloat16_rn(o[b][4 * j + 2 + c]);
+                const float x = norm == 0.0f ? 0.0f : o[b][4 * j + i] * norm;
+                if (wide) {
+                    *reinterpret_cast<float*>(sm.kv + h * pitch + (column + b * 64) * 4) = x;
+                } else {
+                    *reinterpret_cast<__nv_bfloat16*>(sm.kv + h * pitch + (column + b * 64) * 2) = __float2bfloat16_rn(x);
                 }
             }
         }
+    }
+    fence_async();
+    __syncthreads();
+    if (tid < p.heads && !(s.splits > 1 && sm.fade[tid] == 0.0f)) {
+        uint8_t* to = s.splits > 1 ? reinterpret_cast<uint8_t*>(s.part_out + (part * p.heads + tid) * D_V)
+                                   : static_cast<uint8_t*>(p.out) + (row * p.out_row + tid * p.out_head) * (wide ? 4 : 2);
+        copy_out(to, kv + tid * pitch, bytes);
     }
 }
 

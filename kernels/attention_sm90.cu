@@ -10,81 +10,89 @@
 #include "attention_sm90.cuh"
 
 constexpr int THREADS = 512, HEADS = 64, STAGES = 2;
+constexpr int SHARE = 1;  // Of four: fp8 rows that the group of the scores widens.
 
 // Dynamic shared memory; `WIDE_SHARED` in src/backend/cuda/attention.rs mirrors its size.
 struct Shared {
     uint8_t q[TILE_BYTES];
     uint8_t kv[STAGES][TILE_BYTES];
     float fade[STAGES][HEADS], norm[HEADS];
-    uint16_t live[STAGES][TOKENS / 2];  // A byte a token.
+    alignas(2) uint8_t live[STAGES][TOKENS];
     // Columns 0 to 255, and all, of a tile's rows are there; rows 0 to 31, and all, are done with; probabilities are there.
     Barrier half[STAGES], full[STAGES], half_empty[STAGES], empty[STAGES], ready[STAGES];
 };
 static_assert(sizeof(Shared) == 222160, "WIDE_SHARED");
 
-template <bool FP8>
+// Copies bf16 rows, tile after tile.
 __device__ inline void produce(const Attention& p, Shared& sm, const Rows& rows, int first, int tiles) {
     const int tid = threadIdx.x % 128, chunk = tid % 8, token0 = tid / 8;
     const uint8_t* from[4];
     int32_t index[4];  // Of the next tile.
-    uint4 raw[2][4];
-    float4 scales[2];
-    auto load_two = [&] {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) load_codes(from[i], chunk, raw[i], scales[i]);
-    };
     rows.load(first * TOKENS + token0, 16, index);
-    rows.find(p, index, from);
-    rows.load((first + 1) * TOKENS + token0, 16, index);
-    if (FP8) load_two();
     for (int tile = 0; tile < tiles; ++tile) {
-        const int stage = tile % STAGES;
+        rows.find(p, index, from);
+        rows.load((first + tile + 1) * TOKENS + token0, 16, index);
+        const int stage = tile % STAGES, parity = (tile / STAGES - 1) & 1;
         const uint32_t to = shared_address(sm.kv[stage]);
-        const int token = opaque(token0);
-        const int parity = (tile / STAGES - 1) & 1;
         if (tile >= STAGES) sm.half_empty[stage].wait(parity);
-        if (FP8) {
-            // Two rows are under way while a third is widened; those of the next tile do not wait for room in memory.
+        // Scores start when the first 256 columns are there. The last 64 stay until all values are added.
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                if (i == 2 && tile >= STAGES) sm.empty[stage].wait(parity);
-                store_wide(sm.kv[stage], token + 16 * i, chunk, raw[i % 2], scales[i % 2]);
-                asm volatile("" ::: "memory");
-                if (i < 2) load_codes(from[i + 2], chunk, raw[i % 2], scales[i % 2]);
-                asm volatile("" ::: "memory");
-            }
+        for (int i = 0; i < 2; ++i) copy_row<0, 8>(to, token0 + 16 * i, chunk, from[i], p.kv);
+        if (tile >= STAGES) sm.empty[stage].wait(parity);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                copy16(to + 8 * BLOCK_BYTES + swizzled(token + 16 * i, chunk),
-                       (from[i] ? from[i] + 528 : p.kv) + chunk * 16, from[i] != nullptr);
-            }
-            fence_async();
-        } else {
-            // Scores start when the first 256 columns are there. The last 64 stay until all values are added.
+        for (int i = 2; i < 4; ++i) copy_row<0, 4>(to, token0 + 16 * i, chunk, from[i], p.kv);
+        sm.half[stage].arrive_copies();
 #pragma unroll
-            for (int i = 0; i < 2; ++i) copy_row<0, 8>(to, token + 16 * i, chunk, from[i], p.kv);
-            if (tile >= STAGES) sm.empty[stage].wait(parity);
+        for (int i = 2; i < 4; ++i) copy_row<4, 8>(to, token0 + 16 * i, chunk, from[i], p.kv);
 #pragma unroll
-            for (int i = 2; i < 4; ++i) copy_row<0, 4>(to, token + 16 * i, chunk, from[i], p.kv);
-            sm.half[stage].arrive_copies();
-#pragma unroll
-            for (int i = 2; i < 4; ++i) copy_row<4, 8>(to, token + 16 * i, chunk, from[i], p.kv);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) copy_row<8, 9>(to, token + 16 * i, chunk, from[i], p.kv);
+        for (int i = 0; i < 4; ++i) {
+            copy_row<8, 9>(to, token0 + 16 * i, chunk, from[i], p.kv);
+            if (chunk == 0) sm.live[stage][token0 + 16 * i] = from[i] != nullptr;
         }
         sm.full[stage].arrive_copies();
-        if (chunk == 0) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                reinterpret_cast<uint8_t*>(sm.live[stage])[token0 + 16 * i] = from[i] != nullptr;
-            }
-        }
         sm.full[stage].arrive();
-        rows.find(p, index, from);
-        rows.load((first + tile + 2) * TOKENS + token0, 16, index);
-        if (FP8) load_two();
     }
 }
+
+// Widens fp8 rows: those of a group's threads are 16 * COUNT, from 16 * FIRST on, of each tile. Widening takes more
+// instructions than one group can issue in the time of a tile's products, so two groups share it.
+template <int FIRST, int COUNT>
+struct Widening {
+    int32_t index[COUNT];  // Of the tile after the next; the next one's codes are loaded.
+    const uint8_t* from[COUNT];
+    uint4 raw[COUNT][4];
+    float4 scales[COUNT];
+
+    __device__ void load(const Rows& rows, int tile) {
+        rows.load(tile * TOKENS + 16 * FIRST + threadIdx.x % 128 / 8, 16, index);
+    }
+    __device__ void find(const Attention& p, const Rows& rows) {
+        rows.find(p, index, from);
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) load_codes(from[i], threadIdx.x % 8, raw[i], scales[i]);
+    }
+    __device__ void put(const Attention& p, Shared& sm, const Rows& rows, int first, int tile) {
+        const int tid = opaque(int(threadIdx.x)) % 128, chunk = tid % 8, token = 16 * FIRST + tid / 8;
+        const int stage = tile % STAGES;
+        const uint32_t to = shared_address(sm.kv[stage]) + 8 * BLOCK_BYTES;
+        if (tile >= STAGES) sm.empty[stage].wait((tile / STAGES - 1) & 1);
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            copy16(to + swizzled(token + 16 * i, chunk), (from[i] ? from[i] + 528 : p.kv) + chunk * 16, from[i] != nullptr);
+            if (chunk == 0) sm.live[stage][token + 16 * i] = from[i] != nullptr;
+        }
+        sm.full[stage].arrive_copies();
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            store_wide(sm.kv[stage], token + 16 * i, chunk, raw[i], scales[i]);
+            asm volatile("" ::: "memory");
+        }
+        fence_async();
+        sm.full[stage].arrive();
+        find(p, rows);
+        load(rows, first + tile + 2);
+    }
+};
 
 // The block's queries; heads that are not there are left as they are. By all but the gathering group.
 __device__ inline void load_queries(const Attention& p, Shared& sm, int64_t row, int head0) {
@@ -114,7 +122,7 @@ __device__ inline void attend(const AttentionSm90& s) {
     if (tid == 0) {
         for (int i = 0; i < STAGES; ++i) {
             sm.half[i].init(128);
-            sm.full[i].init(256);
+            sm.full[i].init(FP8 ? 512 : 256);
             sm.half_empty[i].init(8);
             sm.empty[i].init(8);
             sm.ready[i].init(128);
@@ -130,13 +138,28 @@ __device__ inline void attend(const AttentionSm90& s) {
 
     const int lane = tid % 32, head = tid % 128 / 32 * 16 + lane / 4;  // And head + 8, in wgmma's layout.
     if (group == 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 80;");
-        produce<FP8>(p, sm, rows, first, tiles);
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+        if (FP8) {
+            Widening<0, 4 - SHARE> widening;
+            widening.load(rows, first);
+            widening.find(p, rows);
+            widening.load(rows, first + 1);
+            for (int tile = 0; tile < tiles; ++tile) widening.put(p, sm, rows, first, tile);
+        } else {
+            produce(p, sm, rows, first, tiles);
+        }
     } else if (group == 1) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 112;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
         const float c = p.softmax_scale * LOG2E;
         const uint64_t query_base = descriptor(shared_address(sm.q));
+        Widening<4 - SHARE, SHARE> widening;
+        if (FP8) {
+            widening.load(rows, first);
+            widening.find(p, rows);
+            widening.load(rows, first + 1);
+        }
         load_queries(p, sm, row, head0);
+        if (FP8 && tiles > 0) widening.put(p, sm, rows, first, 0);
         float top[2] = {-CUDART_INF_F, -CUDART_INF_F}, sum[2] = {};
         for (int tile = 0; tile < tiles; ++tile) {
             const int stage = tile % STAGES;
@@ -165,7 +188,7 @@ __device__ inline void attend(const AttentionSm90& s) {
             wgmma_commit();
             uint32_t live[8];
 #pragma unroll
-            for (int j = 0; j < 8; ++j) live[j] = sm.live[stage][4 * j + lane % 4];
+            for (int j = 0; j < 8; ++j) live[j] = *reinterpret_cast<uint16_t*>(&sm.live[stage][8 * j + lane % 4 * 2]);
             wgmma_wait<0>();
             settle(x);
             uint32_t all = live[0];
@@ -212,6 +235,7 @@ __device__ inline void attend(const AttentionSm90& s) {
             }
             fence_async();
             sm.ready[stage].arrive();
+            if (FP8 && tile + 1 < tiles) widening.put(p, sm, rows, first, tile + 1);
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -252,31 +276,41 @@ __device__ inline void attend(const AttentionSm90& s) {
             if (lane == 0) sm.empty[stage].arrive();
         }
         named_barrier<THREADS - 128>(2);
+        // Out through a tile's memory, a head's 256 columns at a time: the registers' own order would touch eight heads
+        // with each store. Heads are some bytes more than their columns apart, on different banks.
+        const bool wide = s.splits > 1 || p.out_type == F32;
+        const int bytes = wide ? 1024 : 512, pitch = wide ? 1056 : 528;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int h = head0 + head + 8 * r, column = w * 256 + lane % 4 * 2;
             const float norm = sm.norm[head + 8 * r];
-            if (h >= p.heads || (s.splits > 1 && norm == 0.0f)) continue;
+            uint8_t* to = sm.kv[w] + (head + 8 * r) * pitch + lane % 4 * (wide ? 8 : 4);
 #pragma unroll
-            for (int i = 0; i < 128; ++i) {
-                if (i / 2 % 2 == r) o[i / 64][i % 64] = norm == 0.0f ? 0.0f : o[i / 64][i % 64] * norm;
+            for (int i = 0; i < 32; ++i) {
+                float* x = &o[i / 16][4 * i % 64 + 2 * r];
+                x[0] = norm == 0.0f ? 0.0f : x[0] * norm;
+                x[1] = norm == 0.0f ? 0.0f : x[1] * norm;
             }
-            if (s.splits > 1 || p.out_type == F32) {
-                float* to = s.splits > 1 ? s.part_out + (part * p.heads + h) * D_V
-                                         : static_cast<float*>(p.out) + row * p.out_row + h * p.out_head;
+            if (wide) {
 #pragma unroll
                 for (int i = 0; i < 32; ++i) {
-                    const float* from = &o[i / 16][4 * i % 64 + 2 * r];
-                    *reinterpret_cast<float2*>(to + column + 8 * i) = make_float2(from[0], from[1]);
+                    const float* x = &o[i / 16][4 * i % 64 + 2 * r];
+                    *reinterpret_cast<float2*>(to + 32 * i) = make_float2(x[0], x[1]);
                 }
             } else {
-                uint16_t* to = static_cast<uint16_t*>(p.out) + row * p.out_row + h * p.out_head;
 #pragma unroll
                 for (int i = 0; i < 32; ++i) {
-                    const float* from = &o[i / 16][4 * i % 64 + 2 * r];
-                    *reinterpret_cast<uint32_t*>(to + column + 8 * i) = pack(from[0], from[1]);
+                    const float* x = &o[i / 16][4 * i % 64 + 2 * r];
+                    *reinterpret_cast<uint32_t*>(to + 16 * i) = pack(x[0], x[1]);
                 }
             }
+        }
+        fence_async();
+        named_barrier<128>(3 + w);
+        const int one = tid % 128, h = head0 + one;
+        if (one < HEADS && h < p.heads && !(s.splits > 1 && sm.norm[one] == 0.0f)) {
+            uint8_t* to = s.splits > 1 ? reinterpret_cast<uint8_t*>(s.part_out + (part * p.heads + h) * D_V)
+                                       : static_cast<uint8_t*>(p.out) + (row * p.out_row + h * p.out_head) * (wide ? 4 : 2);
+            copy_out(to + w * bytes, shared_address(sm.kv[w]) + one * pitch, bytes);
         }
     }
 }
@@ -312,15 +346,15 @@ extern "C" __global__ void __launch_bounds__(128) attention_combine(PARAMS Atten
 #pragma unroll
     for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
     float4 out = {};
-    for (int base = 0; base < s.splits; base += 8) {
-        float4 x[8];
+    for (int base = 0; base < s.splits; base += 16) {
+        float4 x[16];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
+        for (int i = 0; i < 16; ++i) {
             const int split = min(base + i, s.splits - 1);
             x[i] = *reinterpret_cast<const float4*>(s.part_out + (first + int64_t(split) * p.heads) * D_V + threadIdx.x * 4);
         }
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
+        for (int i = 0; i < 16; ++i) {
             const float w = __shfl_sync(~0u, base < 32 ? weight[0] : weight[1], (base + i) % 32);
             if (w == 0.0f) continue;  // An empty part has written nothing.
             out.x += w * x[i].x;

@@ -140,3 +140,13 @@ template <int GROUPS>
 __device__ inline void wait_copies() {
     asm volatile("cp.async.commit_group;\ncp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
+
+// From shared memory, in multiples of 16 bytes; returns when the bytes have been read.
+__device__ inline void copy_out(void* to, uint32_t from, int bytes) {
+    asm volatile(
+        "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
+        "cp.async.bulk.commit_group;\n"
+        "cp.async.bulk.wait_group.read 0;" ::"l"(to),
+        "r"(from), "r"(bytes)
+        : "memory");
+}
