@@ -85,7 +85,8 @@ impl Operands {
             && ix.heads <= 64
             && per_request <= QUERIES
             && pages > 0
-            && [q.as_ptr().addr(), k.as_ptr().addr(), q_row, q_head, page].into_iter().all(even);
+            && [at(q.as_ptr()), at(k.as_ptr())].into_iter().all(|x| x.is_multiple_of(16))
+            && [q_row, q_head, page].into_iter().all(even);
         if !fits {
             return Ok(None);
         }
