@@ -6,7 +6,7 @@
 //           give one that is sure. Then radix select over what is kept, with histograms that the cluster adds up, and
 //           what is in is numbered in column order: nothing is sorted.
 // Roofline: one read of the row, and of the sample: 5 % more. A row that defeats its sample is read up to four times
-//           more. H100, 4096 rows of 131072, f32: 0.82 ms, 2.6 TB/s (one read at 3.1 TB/s: 0.69 ms); rows of 8192 are
+//           more. H100, 4096 rows of 131072, f32: 0.79 ms, 2.7 TB/s (one read at 3.1 TB/s: 0.69 ms); rows of 8192 are
 //           bound by instructions. docs/measured/topk has the figures.
 // Tensor cores: none
 #include "topk.cuh"
