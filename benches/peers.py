@@ -504,7 +504,8 @@ def main():
     for name in args.only:
         SECTIONS[name](have, ours, results)
         # After each: a run that is stopped leaves what it has.
-        (args.out / "peers.json").write_text(json.dumps({**head, "runs": results}, indent=1) + "\n")
+        lines = ",\n".join(json.dumps(row) for row in results)
+        (args.out / "peers.json").write_text(json.dumps(head)[:-1] + f', "runs": [\n{lines}\n]}}\n')
         (args.out / "peers.md").write_text(markdown(results, head))
 
 
