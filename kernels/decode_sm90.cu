@@ -8,7 +8,7 @@
 //           every 8. `decode_topk`: the k-th best of the bests of groups is a lower bound of the k-th best score, so
 //           only the groups that reach it are read: little more than k of them.
 // Roofline: 132 bytes a token at the rate of memory; at 64 heads the tensor cores are busy for a fifth of that time. What
-//           is written costs more than its share, because memory turns from reading to writing and back.
+//           is written costs more than its share.
 // Tensor cores: QGMMA
 #include "common.cuh"
 #include "sm90.cuh"

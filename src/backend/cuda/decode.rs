@@ -59,6 +59,12 @@ pub(super) fn scratch(op: &Select<'_>) -> usize {
     a.used()
 }
 
+/// Whether the copy engine takes tensors at these addresses, with these strides in bytes.
+fn copyable(addresses: [Ptr; 2], strides: [usize; 3]) -> bool {
+    addresses.iter().all(|x| x.is_multiple_of(16))
+        && strides.iter().all(|&x| x > 0 && x.is_multiple_of(16) && x < 1 << 40)
+}
+
 /// Operands as the kernels want them.
 #[derive(Clone, Copy)]
 struct Operands {
@@ -79,14 +85,12 @@ impl Operands {
         let per_request = ix.map.rows_per_request;
         let [q_row, q_head, _] = q.strides();
         let (page, pages) = (k.strides()[0], k.shape()[0]);
-        let even = |x: usize| x > 0 && x.is_multiple_of(16) && x < 1 << 40;
         let fits = ix.rows > 0
             && ix.dim == DIM
             && ix.heads <= 64
             && per_request <= QUERIES
             && pages > 0
-            && [at(q.as_ptr()), at(k.as_ptr())].into_iter().all(|x| x.is_multiple_of(16))
-            && [q_row, q_head, page].into_iter().all(even);
+            && copyable([at(q.as_ptr()), at(k.as_ptr())], [q_row, q_head, page]);
         if !fits {
             return Ok(None);
         }
@@ -234,5 +238,20 @@ impl Decode {
             }
         }
         Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::copyable;
+
+    #[test]
+    fn what_drivers_allocate_is_copyable() {
+        let address = 0x7f12_3456_7800;
+        assert!(copyable([address; 2], [32 * 128, 128, 8448]));
+        assert!(!copyable([address, address + 8], [32 * 128, 128, 8448]));
+        assert!(!copyable([address; 2], [32 * 128, 120, 8448]));
+        assert!(!copyable([address; 2], [32 * 128, 0, 8448]));
+        assert!(!copyable([address; 2], [32 * 128, 128, 1 << 40]));
     }
 }
