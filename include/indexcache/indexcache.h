@@ -1550,8 +1550,8 @@ idxc_status idxc_select_workspace(const struct idxc_cache *cache,
  * ties to the lowest position, ascending, then -1. On a Shared layer: does nothing but check that the indices it will
  * reuse are there; `desc` may be NULL. A row that sees at most `topk` tokens takes them all, unscored.
  *
- * Never holds more than O(rows * topk) scores; on Hopper, for at most 8 rows a request and without `row_request`, up to
- * 128 MiB of them.
+ * Never holds more than O(rows * topk) scores; on Hopper up to 8192 a row where no row can see more, and for decode (at
+ * most 8 rows a request, no `row_request`), which has kernels of its own there, up to 128 MiB of them.
  *
  * - Ownership: everything stays the caller's; `workspace` is scratch during the call (CUDA: until `stream` is done).
  * - Threads: the cache's.
@@ -1712,6 +1712,11 @@ idxc_status idxc_index_q_quantize(const struct idxc_context *context,
  * Lightning-indexer scores over contiguous keys:
  * `logits[r, s] = k_scale[j] * sum_h weights[r, h] * max(q[r, h]·k[j], 0)`, `j = row_start[r] + s`.
  * Columns past the row's end are -inf.
+ *
+ * The same bits come out on every CPU and, but for float8 of 128 dimensions on Hopper, on every card. There tensor cores
+ * multiply, which cut products some 13 bits below the largest of 32: scores are off by 1e-4 to 1e-3 of their norm. They are
+ * the same on every run and whatever the other rows are, but decode calls (see `idxc_select`) may round otherwise than
+ * others. `idxc_select` is exact by the scores that the same call gives here in float32.
  *
  * - Ownership: everything stays the caller's.
  * - Threads: any.
