@@ -349,7 +349,7 @@ __device__ inline void produce(const sm90::TensorMap* maps, const IndexerSm90& p
     bring_end(s, n);
 }
 
-// A warpgroup gathers sampled keys, two threads a key. What was asked for is handed on two tiles later.
+// A warpgroup gathers sampled keys, two threads a key. What was asked for is handed on three tiles later.
 template <int HEADS>
 __device__ inline void produce_sample(const sm90::TensorMap* maps, const IndexerSm90& p, Shared& s) {
     constexpr int BEHIND = 3;
