@@ -51,7 +51,7 @@ __global__ void random_bytes(uint8_t* p, size_t n, uint32_t seed, int kind) {
         uint32_t x = uint32_t(i) * 2654435761u + seed;
         x = (x ^ x >> 16) * 0x7feb352du, x = (x ^ x >> 15) * 0x846ca68bu, x ^= x >> 16;
         // Roughly normal codes: exponents near the middle; kind 1: all equal.
-        p[i] = kind == 1 ? 0x38 : f32_to_e4m3(((x & 255) + (x >> 8 & 255) + (x >> 16 & 255) + (x >> 24) - 510) * 0.4f);
+        p[i] = kind == 1 ? 0x38 : f32_to_e4m3((int((x & 255) + (x >> 8 & 255) + (x >> 16 & 255) + (x >> 24)) - 510) * 0.4f);
     }
 }
 __global__ void random_scales(uint8_t* pages, int64_t page_bytes, int pages_n, uint32_t seed, int kind) {
