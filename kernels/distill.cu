@@ -633,20 +633,11 @@ __device__ inline void grad(const Distill& p) {
         at = following;
     }
 
+    const auto result = [&](int d, int i, int j) { return out[d][i * 2 + j]; };
     if constexpr (OF_KEYS) {
-        float* to = p.partial + blockIdx.y * p.keys * DIM;
-#pragma unroll
-        for (int d = 0; d < DIM / 8; ++d) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int key = mine_at + 8 * i;
-                if (key >= keys) continue;
-                *reinterpret_cast<float2*>(to + int64_t(key) * DIM + d * 8 + lane % 4 * 2) =
-                    make_float2(out[d][i * 2], out[d][i * 2 + 1]);
-            }
-        }
+        store_share<DIM>(p, keys, mine_at, result);
     } else {
-        add_to_row<DIM>(p, mine_at, by_weight, [&](int d, int i, int j) { return out[d][i * 2 + j]; });
+        add_to_row<DIM>(p, mine_at, by_weight, result);
     }
 }
 

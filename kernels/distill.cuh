@@ -91,3 +91,20 @@ __device__ inline void add_to_row(const Distill& p, int first, float (&by_weight
         }
     }
 }
+
+// What a thread has of keys `first` and first + 8, `out(d, i, j)` as above, to the block's share of their gradients.
+template <int DIM, typename F>
+__device__ inline void store_share(const Distill& p, int keys, int first, F out) {
+    const int lane = threadIdx.x % 32;
+    float* to = p.partial + blockIdx.y * p.keys * DIM;
+#pragma unroll
+    for (int d = 0; d < DIM / 8; ++d) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int key = first + 8 * i;
+            if (key >= keys) continue;
+            *reinterpret_cast<float2*>(to + int64_t(key) * DIM + d * 8 + lane % 4 * 2) =
+                make_float2(out(d, i, 0), out(d, i, 1));
+        }
+    }
+}
