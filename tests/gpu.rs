@@ -673,30 +673,16 @@ fn topk_has_the_same_bits_on_streams_and_in_graphs() {
             .collect();
         assert!(outs.iter().all(|out| g.down(out) == raw(&expected)), "{columns}");
         let op = args.check().unwrap();
-        // SAFETY: a stream of ours, from begin to end on this thread.
-        let graph = unsafe {
-            let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-            result::stream::begin_capture(streams[0], mode).unwrap();
-            g.gpu.topk(&op, raw_stream(streams[0])).unwrap();
-            result::stream::end_capture(streams[0]).unwrap()
-        };
-        let mut exec = std::ptr::null_mut();
-        // SAFETY: a whole graph.
-        unsafe { sys::cuGraphInstantiateWithFlags(&raw mut exec, graph, 0) }.result().unwrap();
+        let graph = Graph::capture(|stream| g.gpu.topk(&op, stream).unwrap());
         for lens in [[7_003, 513, 0, 1, 512], [600, 7_000, 6_999, 100, 7_003], [-1; 5]] {
             row_end = lens.map(|n| if n > 5_000 { n - 7_003 + columns as i32 } else { n }).to_vec();
             g.set(&args.row_end.unwrap(), &row_end);
-            // SAFETY: everything the graph uses is alive.
-            unsafe { result::graph::launch(exec, streams[0]) }.unwrap();
+            graph.replay();
             assert!(g.down(&args.indices) == raw(&on_cpu(&row_end)), "{columns}, {row_end:?}");
         }
-        // SAFETY: ours, idle.
-        unsafe {
-            result::graph::exec_destroy(exec).unwrap();
-            result::graph::destroy(graph).unwrap();
-            for stream in streams {
-                result::stream::destroy(stream).unwrap();
-            }
+        for stream in streams {
+            // SAFETY: created above, idle.
+            unsafe { result::stream::destroy(stream) }.unwrap();
         }
     }
 }
@@ -872,35 +858,22 @@ fn a_captured_decode_serves_other_lengths_and_tables() {
     let op = args.check_select(out).unwrap();
     let ws = || g.workspace(g.gpu.select_workspace(&op));
     let (first, second) = (ws(), ws());
-    let stream = result::stream::create(result::stream::StreamKind::NonBlocking).unwrap();
-    // SAFETY: a stream of ours, from begin to end on this thread.
-    let graph = unsafe {
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        result::stream::begin_capture(stream, mode).unwrap();
+    let graph = Graph::capture(|stream| {
         // Another kind of node in front, and a select right behind a select.
-        result::memset_d8_async(out.as_ptr().addr() as u64, 0x77, 4 * ix.rows * k, stream).unwrap();
-        g.gpu.select(&op, first, raw_stream(stream)).unwrap();
-        g.gpu.select(&op, second, raw_stream(stream)).unwrap();
-        result::stream::end_capture(stream).unwrap()
-    };
-    let mut exec = std::ptr::null_mut();
-    // SAFETY: a whole graph.
-    unsafe { sys::cuGraphInstantiateWithFlags(&raw mut exec, graph, 0) }.result().unwrap();
+        let (address, bytes) = (out.as_ptr().addr() as u64, 4 * ix.rows * k);
+        // SAFETY: the indices' own memory.
+        unsafe { result::memset_d8_async(address, 0x77, bytes, stream.as_raw().cast()) }.unwrap();
+        g.gpu.select(&op, first, stream).unwrap();
+        g.gpu.select(&op, second, stream).unwrap();
+    });
     for lens in [[3000, 60, 65, 2000, 0], [64, 3001, 0, 1, 2900], [0, 0, 0, 0, 0], [2999; 5]] {
         ix.row_end = lens.to_vec();
         ix.table = (0..5 * per).map(|_| rng.below(ix.pages) as i32).collect();
         g.set(&args.map.row_end.unwrap(), &ix.row_end);
         g.set(&args.map.block_table.unwrap(), &ix.table);
-        // SAFETY: everything the graph uses is alive.
-        unsafe { result::graph::launch(exec, stream) }.unwrap();
+        graph.replay();
         let want = ix.selected(&g, args, k);
         assert!(g.down(&out) == raw(&want), "{lens:?}");
-    }
-    // SAFETY: created above, idle.
-    unsafe {
-        result::graph::exec_destroy(exec).unwrap();
-        result::graph::destroy(graph).unwrap();
-        result::stream::destroy(stream).unwrap();
     }
 }
 
@@ -1279,24 +1252,13 @@ fn captured_attention_serves_other_lengths_and_tables() {
         };
         let op = dev.check().unwrap();
         let ws = g.workspace(g.gpu.sparse_attention_workspace(&op));
-        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).unwrap();
-        // SAFETY: a stream of ours, from begin to end on this thread.
-        let graph = unsafe {
-            let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-            result::stream::begin_capture(stream, mode).unwrap();
-            g.gpu.sparse_attention(&op, ws, raw_stream(stream)).unwrap();
-            result::stream::end_capture(stream).unwrap()
-        };
-        let mut exec = std::ptr::null_mut();
-        // SAFETY: a whole graph.
-        unsafe { sys::cuGraphInstantiateWithFlags(&raw mut exec, graph, 0) }.result().unwrap();
+        let graph = Graph::capture(|stream| g.gpu.sparse_attention(&op, ws, stream).unwrap());
         for step in 0..3 {
             g.set(&dev.indices, &indices);
             g.set(&dev.map.block_table.unwrap(), &table);
             g.set(&dev.map.row_request.unwrap(), &request);
             g.set(&dev.row_topk.unwrap(), &row_topk);
-            // SAFETY: everything the graph uses is alive.
-            unsafe { result::graph::launch(exec, stream) }.unwrap();
+            graph.replay();
             let got = floats(&g.down(&dev.out));
             let got_lse = floats(&g.down(&dev.lse.unwrap()));
             let args =
@@ -1317,12 +1279,6 @@ fn captured_attention_serves_other_lengths_and_tables() {
             table = rng.shuffled(pages)[..3 * 12].to_vec();
             request.rotate_left(1);
             row_topk = vec![1, 700, 700, 65, 0];
-        }
-        // SAFETY: ours, idle.
-        unsafe {
-            result::graph::exec_destroy(exec).unwrap();
-            result::graph::destroy(graph).unwrap();
-            result::stream::destroy(stream).unwrap();
         }
     }
 }

@@ -36,9 +36,9 @@ fn check(what: &str, result: CUresult) -> Result<()> {
     Err(Error::new(status, format!("{what}: the CUDA driver answers {name}")))
 }
 
-/// The driver, once for the process.
-fn initialise() -> Result<()> {
-    static DONE: OnceLock<Result<()>> = OnceLock::new();
+/// The driver, once for the process: which CUDA it serves.
+fn initialise() -> Result<i32> {
+    static DONE: OnceLock<Result<i32>> = OnceLock::new();
     let done = DONE.get_or_init(|| {
         let no_device = |text: String| Error::new(Status::NoDevice, format!("backend: {text}"));
         // SAFETY: opens a library by name; libcuda's initialisers are the driver's own business.
@@ -55,7 +55,7 @@ fn initialise() -> Result<()> {
             let (has, needs) = (cuda(version), cuda(DRIVER));
             return Err(no_device(format!("the driver serves CUDA {has}; {needs} is needed")));
         }
-        Ok(())
+        Ok(version)
     });
     done.clone()
 }
@@ -113,7 +113,7 @@ impl Gpu {
                 ),
             ));
         }
-        initialise()?;
+        let early = initialise()? >= EARLY_DRIVER;
         let mut count = 0;
         // SAFETY: writes one integer.
         check("cuDeviceGetCount", unsafe { sys::cuDeviceGetCount(&raw mut count) })?;
@@ -145,10 +145,6 @@ impl Gpu {
             ));
         }
         let sms = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
-        let mut version = 0;
-        // SAFETY: writes one integer.
-        check("cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&raw mut version) })?;
-        let early = version >= EARLY_DRIVER;
         let (context, primary) = choose_context(device)?;
         let capability = 10 * major + minor;
         // From here on, dropping it gives back what it holds.
