@@ -40,10 +40,10 @@ fn check(what: &str, result: CUresult) -> Result<()> {
 fn initialise() -> Result<i32> {
     static DONE: OnceLock<Result<i32>> = OnceLock::new();
     let done = DONE.get_or_init(|| {
-        let no_device = |text: String| Error::new(Status::NoDevice, format!("backend: {text}"));
+        let no_device = |text: String| Error::new(Status::NoDevice, text);
         // SAFETY: opens a library by name; libcuda's initialisers are the driver's own business.
         if !unsafe { sys::is_culib_present() } {
-            return Err(no_device("no CUDA driver (libcuda.so.1) on this machine".into()));
+            return Err(no_device("there is no CUDA driver (libcuda.so.1) on this machine".into()));
         }
         // SAFETY: takes no pointers.
         check("cuInit", unsafe { sys::cuInit(0) }).map_err(|e| no_device(e.message))?;
@@ -113,7 +113,11 @@ impl Gpu {
                 ),
             ));
         }
-        let early = initialise()? >= EARLY_DRIVER;
+        let version = initialise().map_err(|e| {
+            let text = format!("backend: CUDA device {ordinal} was asked for, but {}", e.message);
+            Error::new(e.status, text)
+        })?;
+        let early = version >= EARLY_DRIVER;
         let mut count = 0;
         // SAFETY: writes one integer.
         check("cuDeviceGetCount", unsafe { sys::cuDeviceGetCount(&raw mut count) })?;
