@@ -7,7 +7,7 @@ One causal sequence; an indexer of 32 heads of 128 and a served layer of 128 hea
 by q, k and the head weights. Two kinds of call: the target computed from the layer's queries, KV rows and log-sum-exp,
 and the target given (float32 [rows, keys]). PyTorch's side is what one would write: the indexer's products of all heads
 at once under autograd, with the target from groups of attention heads, so that 8K fits at all. `compile`: the same
-functions under torch.compile. Medians of CUDA events, largest memory beyond the inputs, and errors against float64
+functions under torch.compile, for each length anew. Medians of CUDA events, largest memory beyond the inputs, and errors against float64
 (of gradients in bf16, as autograd wants them).
 """
 import argparse
@@ -138,7 +138,7 @@ def main():
     args.add_argument("--out")
     args = args.parse_args()
     context = ix.Context(ix.ContextDesc(backend=ix.BACKEND_CUDA))
-    compiled = None if args.no_compile else (torch.compile(torch_loss), torch.compile(target_of))
+    compiled = None if args.no_compile else [torch.compile(f, dynamic=False) for f in (torch_loss, target_of)]
     results = []
     for n in args.lengths:
         x = inputs(n)
