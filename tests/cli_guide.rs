@@ -1,4 +1,4 @@
-//! docs/search.md: its command lines do what it says.
+//! docs/search.md: its command lines do what it says. (Those of docs/simulate.md: `cli_simulate.rs`.)
 
 #![cfg(feature = "cli")]
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]

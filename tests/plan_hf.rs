@@ -116,6 +116,18 @@ fn dimensions_and_flags() {
 }
 
 #[test]
+fn fields_are_the_model_s_own() {
+    let mut nested = config("deepseek_v4_1_flash");
+    nested["hidden_size"] = json!(1);
+    nested["index_topk"] = json!(1);
+    nested["text_config"]["hidden_size"] = json!(2);
+    nested["quantization_config"] = json!({"quant_method": "fp8"});
+    let fields = Plan::hf_fields(&serde_json::to_vec(&nested).unwrap()).unwrap();
+    assert_eq!((&fields["hidden_size"], &fields["index_topk"]), (&json!(2), &json!(512)));
+    assert_eq!(fields["quantization_config"], nested["quantization_config"]);
+}
+
+#[test]
 fn every_spelling_of_glm_5_2_is_one_plan() {
     let types = config("glm_5_2")["indexer_types"].clone();
     let letters: Vec<String> = GLM52.chars().map(String::from).collect();

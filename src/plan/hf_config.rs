@@ -107,6 +107,16 @@ impl Plan {
         Ok(family(&root, &home)?.0.dialect())
     }
 
+    /// The fields of a `config.json` as its model sees them: where an inner object describes the model, that one's
+    /// before those around it.
+    pub fn hf_fields(json: &[u8]) -> Result<Map<String, Value>> {
+        let root = parse(json)?;
+        let own = Node::home(&root).map.clone();
+        let mut fields = root;
+        fields.extend(own);
+        Ok(fields)
+    }
+
     /// Reads a `config.json`, of which the caller overrules a part.
     pub fn from_hf_config_with(json: &[u8], options: &HfOptions<'_>) -> Result<Self> {
         let root = parse(json)?;

@@ -132,8 +132,7 @@ impl Input {
     }
 
     fn config_plan(&self, path: &Path) -> Result<Plan, Failure> {
-        let json = read(path)
-            .map_err(|e| Failure::Usage(format!("{} cannot be read: {e}", path.display())))?;
+        let json = read(path)?;
         let plain = HfOptions { dialect: self.dialect, topk: self.topk, pattern: None };
         let pattern = match (&self.pattern, self.freq) {
             (Some(letters), _) => Some(Spelling::Letters(letters)),
@@ -170,13 +169,14 @@ impl Input {
     }
 }
 
-fn read(path: &Path) -> std::io::Result<Vec<u8>> {
-    if path.as_os_str() == "-" {
-        let mut bytes = Vec::new();
-        std::io::stdin().read_to_end(&mut bytes)?;
-        return Ok(bytes);
-    }
-    std::fs::read(path)
+/// A file, or standard input for `-`.
+pub fn read(path: &Path) -> Result<Vec<u8>, Failure> {
+    let mut bytes = Vec::new();
+    let read = match path.as_os_str() == "-" {
+        true => std::io::stdin().read_to_end(&mut bytes).map(|_| bytes),
+        false => std::fs::read(path),
+    };
+    read.map_err(|e| Failure::Usage(format!("{} cannot be read: {e}", path.display())))
 }
 
 fn remarks(plan: &Plan) -> String {

@@ -3,6 +3,7 @@
 mod cuda;
 mod device;
 mod indexer;
+mod stack;
 
 use crate::{Failure, Output};
 use clap::{Args, Subcommand, ValueEnum};
@@ -15,6 +16,8 @@ use std::fmt::Write as _;
 pub enum Command {
     /// Selection: prefill and decode, scores alone, top-k alone.
     Indexer(Options),
+    /// A whole decoder, simulated: what a pattern gains, for any config, context and batch.
+    Stack(stack::Args),
 }
 
 #[derive(Args)]
@@ -73,7 +76,10 @@ struct Report {
 }
 
 pub fn run(command: &Command) -> Result<Output, Failure> {
-    let Command::Indexer(options) = command;
+    let options = match command {
+        Command::Indexer(options) => options,
+        Command::Stack(args) => return stack::run(args),
+    };
     let choice = match options.device {
         Kind::Cuda => BackendChoice::Cuda(0),
         Kind::Cpu => BackendChoice::Cpu,

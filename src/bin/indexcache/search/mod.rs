@@ -1,6 +1,6 @@
 //! `indexcache search`: which layers of a small model can do without their indexer.
 
-mod baselines;
+pub mod baselines;
 mod evaluate;
 mod model;
 mod report;
