@@ -460,6 +460,10 @@ fn what_cannot_be_simulated_is_refused() {
     says(&edited(&|t| t["times"][0]["us"] = json!(0)), &config(), "above 0");
     says(&edited(&|t| t["times"][0]["heads"] = json!(3)), &config(), "must not be there");
     says(&edited(&|t| t["times"][0]["color"] = json!(3)), &config(), "color");
+    let no_experts = edited(&|t| {
+        t["config"].as_object_mut().unwrap().remove("n_routed_experts");
+    });
+    says(&no_experts, &config(), "config has no moe");
     says(&edited(&|t| t["ceilings"]["read_gb_s"] = json!(0)), &config(), "ceilings");
     let no_moe = edited(&|t| t["times"].as_array_mut().unwrap().retain(|t| t["stage"] != "moe"));
     says(&no_moe, &config(), "no time of moe in prefill");

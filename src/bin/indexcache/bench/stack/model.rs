@@ -1,6 +1,6 @@
 //! What a whole prefill or decode step takes: the sum of its stages' times over layers, and over chunks.
 
-use super::shape::{Call, Layer, Shape, Stage, layers};
+use super::shape::{Call, Layer, Shape, Stage, layers, missing};
 use super::times::{By, How, Phase, Question, Times};
 use crate::Failure;
 use indexcache::plan::{HfOptions, Plan, Role, Spelling};
@@ -78,7 +78,9 @@ impl Decoder {
         let shape = Shape::new(&self.fields, plan.model(), self.tp)?;
         let mut kinds: Vec<(Layer, f64)> = vec![];
         for layer in layers(&plan, &self.fields)? {
-            shape.knows(&layer)?;
+            if layer.dense && !shape.has(Stage::DenseMlp) {
+                return Err(missing("intermediate_size"));
+            }
             match kinds.iter_mut().find(|(kind, _)| *kind == layer) {
                 Some((_, count)) => *count += 1.0,
                 None => kinds.push((layer, 1.0)),

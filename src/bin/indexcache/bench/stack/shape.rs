@@ -312,7 +312,7 @@ impl Shape {
         if experts > 0.0 {
             let width = config.first(&["moe_intermediate_size"])?.or(width);
             expert = 3.0 * hidden * width.ok_or_else(|| missing("moe_intermediate_size"))? / tp;
-            experts_per_row = config.need("num_experts_per_tok")?;
+            experts_per_row = config.need("num_experts_per_tok")?.min(experts);
         }
         let shared = config.first(&["n_shared_experts", "num_shared_experts"])?.unwrap_or(0.0);
         Ok(Shape {
@@ -336,12 +336,13 @@ impl Shape {
         })
     }
 
-    /// Refuses a layer whose size the config does not give.
-    pub fn knows(&self, layer: &Layer) -> Result<(), Failure> {
-        if layer.dense && self.dense == 0.0 {
-            return Err(missing("intermediate_size"));
+    /// Whether the config gives this stage's size.
+    pub fn has(&self, stage: Stage) -> bool {
+        match stage {
+            Stage::Moe => self.experts > 0.0,
+            Stage::DenseMlp => self.dense > 0.0,
+            _ => true,
         }
-        Ok(())
     }
 
     /// The least that `stage` of `layer` has to do for `call`.
@@ -413,7 +414,8 @@ impl Shape {
 
 const EXPERTS: [&str; 3] = ["n_routed_experts", "num_local_experts", "num_experts"];
 
-fn missing(key: &str) -> Failure {
+/// Why a config cannot be simulated.
+pub fn missing(key: &str) -> Failure {
     Failure::Refused(format!("{key} is missing: without it the time of a layer is not known"))
 }
 

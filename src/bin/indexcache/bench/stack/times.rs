@@ -287,6 +287,9 @@ impl Time {
             let says = if self.stage.has_kernels() { "is missing" } else { "must not be there" };
             return Err(format!("by {says}: {}", self.stage.name()));
         }
+        if !decoder.has(self.stage) {
+            return Err(format!("config has no {}", self.stage.name()));
+        }
         let mut shape = decoder.clone();
         match (self.heads, self.topk, self.context) {
             (Some(heads), Some(topk), Some(_)) if over_context => {
