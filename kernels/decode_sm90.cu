@@ -1,28 +1,25 @@
 // Computes: scores and selects for decode: `ks[s] * sum_h w[t,h] * relu(q[t,h]·k[s])`, the k best of each row, ties to
 //           the lowest position, ascending, then -1; or the scores alone.
 // Shapes:   e4m3 q [requests * queries, heads <= 64, 128], f32 w, pages of 64 keys -> int32 [rows, k <= 4096]; 1 to 8
-//           queries a request, which share its pages but have lengths of their own.
-// Idea:     two launches. `decode_scores`: the pages of all requests, one after the other, are cut into equal parts, one
-//           a multiprocessor; a warp copies pages into a ring of pairs in shared memory, four warpgroups turn pairs into
+//           queries a request, which share its pages but have lengths of their own; or, with `row_request`, rows of any.
+// Idea:     two launches. `decode_scores`: the pages of all groups, one after the other, are cut into equal parts, one
+//           a multiprocessor (a group: neighbouring rows of one request, which its pages are read for once); a warp copies pages into a ring of pairs in shared memory, four warpgroups turn pairs into
 //           scores (keys on M, heads on N). Scores go to memory, 3 % of what is read, with the best of
 //           every 8. `decode_topk`: the k-th best of the bests of groups is a lower bound of the k-th best score, so
 //           only the groups that reach it are read: little more than k of them.
 // Roofline: 132 bytes a token at the rate of memory; at 64 heads the tensor cores are busy for a fifth of that time. What
 //           is written costs more than its share.
 // Tensor cores: QGMMA
-#include "common.cuh"
-#include "sm90.cuh"
+#include "decode_sm90.cuh"
 
-constexpr int DIM = 128;
-constexpr int GROUPS = 4;                          // Warpgroups that score.
 constexpr int DECODE_THREADS = 128 * GROUPS + 64;  // And a warp that copies pages, and one for queries.
-constexpr int DECODE_REQUESTS = 512;               // At most, a launch.
-constexpr int PAIR = 2;                            // Pages a stage of the ring, of one request.
+constexpr int DECODE_GROUPS = 512;                 // At most, a launch.
+constexpr int PAIR = 2;                            // Pages a stage of the ring, of one group.
 
 // What lies in a stage.
 struct alignas(16) Stage {
-    int segment;  // The CTA's how many-th request this is.
-    int request;
+    int segment;  // The CTA's how many-th group this is.
+    int group;
     int page;     // The first: which of the request's pages.
     int pages;    // How many, 0 at the end; and, from bit 8 on, which of them were there to copy.
 };
@@ -38,8 +35,10 @@ struct Shared {
     uint64_t *full, *empty, *q_full, *q_empty;
     float* weights;          // [2][queries][H], halved
     int* lengths;            // [2][queries], 0 of rows that are not scored
-    int* first;              // [DECODE_REQUESTS + 1] pages of the requests before
-    int* needed;             // [DECODE_REQUESTS] pages with a position that is scored
+    int* first;              // [DECODE_GROUPS + 1] pages of the groups before
+    int* rows;               // [DECODE_GROUPS + 1] rows of the groups before
+    int* needed;             // [DECODE_GROUPS] pages with a position that is scored
+    int* request;            // [DECODE_GROUPS] as in the block table, -1 of padding
     int* totals;             // [DECODE_THREADS / 32]
 
     __device__ Shared(unsigned char* raw, int stages, int n) {
@@ -54,47 +53,102 @@ struct Shared {
         weights = reinterpret_cast<float*>(q_empty + 2);
         lengths = reinterpret_cast<int*>(weights + 2 * n * H);
         first = lengths + 2 * n;
-        needed = first + DECODE_REQUESTS + 1;
-        totals = needed + DECODE_REQUESTS;
+        rows = first + DECODE_GROUPS + 1;
+        needed = rows + DECODE_GROUPS + 1;
+        request = needed + DECODE_GROUPS;
+        totals = request + DECODE_GROUPS;
     }
 };
 
-// Positions of a row, whose request is known to be one.
-__device__ inline int decode_length(const KeyMap& m, int64_t row) {
-    return int(max(int64_t(0), min(int64_t(m.row_end[row]), m.max_pages * TILE)));
-}
-
-// The CTA's pages, in runs of one request.
+// The CTA's pages, in runs of one group.
 struct Walk {
     const int* first;
-    int at, end, request, segment;
+    int at, end, group, segment;
 
-    __device__ Walk(const int* first, int requests, int at, int end) : first(first), at(at), end(end), segment(-1) {
-        int low = 0, high = requests;  // The last request that starts at or before `at`.
+    __device__ Walk(const int* first, int groups, int at, int end) : first(first), at(at), end(end), segment(-1) {
+        int low = 0, high = groups;  // The last group that starts at or before `at`.
         while (high - low > 1) {
             const int mid = (low + high) / 2;
             (first[mid] <= at ? low : high) = mid;
         }
-        request = low - 1;
+        group = low - 1;
     }
 
-    // The next run of at most `most` pages of one request: its first page there, and how many; 0 at the end.
+    // The next run of at most `most` pages of one group: its first page there, and how many; 0 at the end.
     __device__ int next(int most, int& page) {
         if (at >= end) return 0;
-        if (segment < 0 || first[request + 1] <= at) {
-            do ++request;
-            while (first[request + 1] <= at);
+        if (segment < 0 || first[group + 1] <= at) {
+            do ++group;
+            while (first[group + 1] <= at);
             ++segment;
         }
-        page = at - first[request];
-        const int n = min(most, min(end, first[request + 1]) - at);
+        page = at - first[group];
+        const int n = min(most, min(end, first[group + 1]) - at);
         at += n;
         return n;
     }
 };
 
-// Twice relu, which leaves NaN alone, unlike a maximum, and runs at the rate of additions.
-__device__ inline float twice_relu(float x) { return x + fabsf(x); }
+// Every CTA makes the same plan: groups of rows, the pages of each and of those before it. Returns how many groups.
+template <int H>
+__device__ inline int plan(const Shared<H>& s, const Decode& p, bool all, int skip) {
+    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
+    const KeyMap& map = p.ix.map;
+    int groups;
+    if (!map.row_request) {
+        groups = p.rows / p.queries;
+        if (tid <= groups) s.rows[tid] = tid * p.queries;
+        if (tid < groups) s.request[tid] = int(p.first) / p.queries + tid;
+    } else {
+        // A run of rows of one request is cut into groups, every `queries`-th row from its first.
+        const bool is_row = tid < p.rows;
+        const int request = is_row ? int(request_of(map, p.first + tid)) : 0;
+        const bool new_run = is_row && (tid == 0 || request_of(map, p.first + tid - 1) != request);
+        const unsigned runs = __ballot_sync(~0u, new_run), here = runs & ~0u >> (31 - lane);
+        if (lane == 0) s.totals[warp] = runs ? warp * 32 + 31 - __clz(runs) : 0;
+        __syncthreads();
+        int run = __reduce_max_sync(~0u, lane < warp ? s.totals[lane] : 0);
+        if (here) run = warp * 32 + 31 - __clz(here);
+        const bool starts = is_row && (tid - run) % p.queries == 0;
+        const unsigned all_starts = __ballot_sync(~0u, starts);
+        __syncthreads();
+        if (lane == 0) s.totals[warp] = __popc(all_starts);
+        __syncthreads();
+        const int n = lane < DECODE_THREADS / 32 ? s.totals[lane] : 0;
+        const int group = __reduce_add_sync(~0u, lane < warp ? n : 0) + __popc(all_starts & ((1u << lane) - 1));
+        groups = __reduce_add_sync(~0u, n);
+        if (starts) {
+            s.rows[group] = tid;
+            s.request[group] = request;
+        }
+        if (tid == 0) s.rows[groups] = p.rows;
+    }
+    __syncthreads();
+    int pages = 0;
+    if (tid < groups) {
+        int longest = 0;
+#pragma unroll 1
+        for (int row = s.rows[tid]; row < s.rows[tid + 1]; ++row) {
+            const int length = decode_length(map, p.first + row);
+            if (length > skip) longest = max(longest, length);
+        }
+        const int needed = (longest + TILE - 1) / TILE;
+        s.needed[tid] = needed;
+        pages = all ? int((p.columns + TILE - 1) / TILE) : needed;
+    }
+    int sum = pages;
+    for (int d = 1; d < 32; d *= 2) {
+        const int other = __shfl_up_sync(~0u, sum, d);
+        if (lane >= d) sum += other;
+    }
+    if (lane == 31) s.totals[warp] = sum;
+    __syncthreads();
+    sum += __reduce_add_sync(~0u, lane < warp ? s.totals[lane] : 0);
+    if (tid < groups) s.first[tid + 1] = sum;
+    if (tid == 0) s.first[0] = 0;
+    __syncthreads();
+    return groups;
+}
 
 template <int H>
 __device__ inline void decode_scores(const Decode& p, const sm90::TensorMap& k_map, const sm90::TensorMap& q_map) {
@@ -119,55 +173,30 @@ __device__ inline void decode_scores(const Decode& p, const sm90::TensorMap& k_m
         }
         sm90::init_done();
     }
-    // Every CTA makes the same plan: pages of each request, and of those before it.
-    {
-        int pages = 0;
-        if (tid < p.requests) {
-            int longest = 0;
-#pragma unroll 1
-            for (int q = 0; q < p.queries; ++q) {
-                const int length = decode_length(map, (p.first + tid) * p.queries + q);
-                if (length > skip) longest = max(longest, length);
-            }
-            const int needed = (longest + TILE - 1) / TILE;
-            s.needed[tid] = needed;
-            pages = all ? int((p.columns + TILE - 1) / TILE) : needed;
-        }
-        int sum = pages;
-        for (int d = 1; d < 32; d *= 2) {
-            const int other = __shfl_up_sync(~0u, sum, d);
-            if (lane >= d) sum += other;
-        }
-        if (lane == 31) s.totals[warp] = sum;
-        __syncthreads();
-        const int before = lane < warp ? s.totals[lane] : 0;
-        sum += __reduce_add_sync(~0u, before);
-        if (tid < p.requests) s.first[tid + 1] = sum;
-        if (tid == 0) s.first[0] = 0;
-        __syncthreads();
-    }
+    sm90::wait_for_previous();
+    const int groups = plan(s, p, all, skip);
     sm90::launch_dependents();
-    const int64_t total = s.first[p.requests];
+    const int64_t total = s.first[groups];
     const int begin = int(total * blockIdx.x / gridDim.x), end = int(total * (blockIdx.x + 1) / gridDim.x);
     if (begin == end) return;
 
     if (warp == 4 * GROUPS) {
         // Copies pages, their scales by the lanes themselves. Page numbers are read a run ahead.
-        Walk walk(s.first, p.requests, begin, end);
+        Walk walk(s.first, groups, begin, end);
         const uint64_t policy = sm90::once();
         int stage = 0;
         uint32_t parity = 1;
         struct Run {
-            int n, page, request, segment, number;
+            int n, page, group, segment, number;
         };
         auto read = [&] {
             Run r;
             r.n = walk.next(32, r.page);
-            r.request = walk.request;
+            r.group = walk.group;
             r.segment = walk.segment;
             r.number = -1;
-            if (lane < r.n && r.page + lane < s.needed[r.request]) {
-                r.number = map.block_table[(p.first + r.request) * map.table_stride + r.page + lane];
+            if (lane < r.n && r.page + lane < s.needed[r.group]) {
+                r.number = map.block_table[s.request[r.group] * map.table_stride + r.page + lane];
             }
             if (r.number >= map.pages) r.number = -1;
             return r;
@@ -203,7 +232,7 @@ __device__ inline void decode_scores(const Decode& p, const sm90::TensorMap& k_m
                 const int number0 = __shfl_sync(~0u, now.number, i), second = __shfl_sync(~0u, now.number, i + 1);
                 const int pages = min(PAIR, now.n - i), number1 = pages > 1 ? second : -1;
                 const int there = (number0 >= 0 ? 0x100 : 0) | (number1 >= 0 ? 0x200 : 0);
-                put({now.segment, now.request, now.page + i, pages | there}, number0, number1);
+                put({now.segment, now.group, now.page + i, pages | there}, number0, number1);
             }
             last = now.segment;
             now = next;
@@ -211,26 +240,27 @@ __device__ inline void decode_scores(const Decode& p, const sm90::TensorMap& k_m
 #pragma unroll 1
         for (int g = 0; g < GROUPS; ++g) put({last, 0, 0, 0}, -1, -1);
     } else if (warp == 4 * GROUPS + 1) {
-        // Queries, weights and lengths of each request, two ahead.
-        Walk walk(s.first, p.requests, begin, end);
+        // Queries, weights and lengths of each group, two ahead.
+        Walk walk(s.first, groups, begin, end);
         int page;
 #pragma unroll 1
         while (walk.next(1 << 30, page)) {
             const int slot = walk.segment % 2, n = p.queries * H;
-            const int64_t row = (p.first + walk.request) * p.queries;
+            const int first = s.rows[walk.group], rows = s.rows[walk.group + 1] - first;
+            const int64_t row = p.first + first;
             sm90::wait(&s.q_empty[slot], walk.segment / 2 % 2 ^ 1);
             if (lane == 0) {
                 sm90::arrive_expect(&s.q_full[slot], n * DIM);
                 sm90::copy_box(s.queries + slot * n * DIM, q_map, 0, 0, int(row), &s.q_full[slot]);
             }
 #pragma unroll 2
-            for (int i = lane; i < n; i += 32) {
+            for (int i = lane; i < rows * H; i += 32) {
                 const int h = i % H;
                 float w = 0.0f;
                 if (h < p.ix.heads) w = 0.5f * p.ix.weights[(row + i / H) * p.ix.weights_row + h];
                 s.weights[slot * n + i] = w;
             }
-            if (lane < p.queries) {
+            if (lane < rows) {
                 const int length = decode_length(map, row + lane);
                 s.lengths[slot * p.queries + lane] = length > skip ? length : 0;
             }
@@ -241,9 +271,9 @@ __device__ inline void decode_scores(const Decode& p, const sm90::TensorMap& k_m
         // At the end, each lane of a quad has one key of the quad's four: of page `which`, that page's `key`-th.
         const int which = lane / 2 % 2, key = warp % 4 * 16 + lane / 4 + lane % 2 * 8;
         const uint32_t keys = sm90::descriptor_low(s.keys), queries = sm90::descriptor_low(s.queries);
-        int stage = warp / 4, segment = -1;
+        int stage = warp / 4, segment = -1, rows = 0;
         uint32_t parity = 0;
-        // Where this thread's key has its score and its eight their best, for the request's first row and page.
+        // Where this thread's key has its score and its eight their best, for the group's first row and page.
         uint32_t *scores = nullptr, *tops = nullptr;
         for (;;) {
             sm90::wait(&s.full[stage], parity);
@@ -255,7 +285,8 @@ __device__ inline void decode_scores(const Decode& p, const sm90::TensorMap& k_m
                     ++segment;
                     sm90::wait(&s.q_full[segment % 2], segment / 2 % 2);
                 } while (segment != is.segment);
-                const int64_t row = int64_t(is.request) * p.queries;
+                const int64_t row = s.rows[is.group];
+                rows = s.rows[is.group + 1] - int(row);
                 scores = p.scores + row * p.scores_row + which * TILE + key;
                 tops = p.tops + row * p.tops_row + which * (TILE / 8) + warp % 4 * 2 + lane % 2;
             }
@@ -266,7 +297,7 @@ __device__ inline void decode_scores(const Decode& p, const sm90::TensorMap& k_m
             const bool mine = which < (is.pages & 0xff), there = is.pages >> (8 + which) & 1;
             uint32_t *score_to = scores + from, *top_to = tops + is.page * (TILE / 8);
 #pragma unroll 1
-            for (int q = 0; q < p.queries; ++q) {
+            for (int q = 0; q < rows; ++q) {
                 const int length = s.lengths[first + q];
                 if (all || from < length) {
                     float d[PAIR][H / 2];
@@ -494,7 +525,7 @@ KERNEL(SELECT_THREADS) decode_topk(PARAMS Decode p) {
     extern __shared__ __align__(16) unsigned char select_raw[];
     SelectShared& s = *reinterpret_cast<SelectShared*>(select_raw);
     const int tid = threadIdx.x, lane = tid % 32, k = p.k;
-    const int64_t row = p.first * p.queries + blockIdx.x;
+    const int64_t row = p.first + blockIdx.x;
     const int length = decode_length(p.ix.map, row);
     int32_t* out = p.out + row * p.out_row;
     const uint32_t* ranks = p.scores + int64_t(blockIdx.x) * p.scores_row;  // 0 from `length` to the end of its page.

@@ -83,8 +83,9 @@ struct Select {
 };
 static_assert(sizeof(Select) == 248, "params.rs");
 
-// Decode: the rows of requests `first` to `first + requests`, `queries` each. Row i of them has its scores, as ranks, at
-// `scores + i * scores_row` and the best of every 8 at `tops + i * tops_row`; rows of at most k positions are not scored.
+// Decode: `rows` rows from row `first` on, in groups of `queries`; with `row_request`, of at most so many. Row i of them has
+// its scores, as ranks, at `scores + i * scores_row` and the best of every 8 at `tops + i * tops_row`; rows of at most k
+// positions are not scored.
 // `out` null: the scores are the result, as floats in `columns` columns.
 struct Decode {
     Indexer ix;
@@ -96,7 +97,7 @@ struct Decode {
     int64_t out_row;
     int64_t columns;
     int64_t first;
-    int32_t requests;
+    int32_t rows;
     int32_t queries;
     int32_t k;
     int32_t stages;

@@ -846,34 +846,96 @@ fn decode_does_not_depend_on_other_rows() {
     }
 }
 
+/// Rows of any requests, in any order, some padding: as if the table had been written out for each row.
+#[test]
+fn decode_of_mapped_rows_has_the_same_bits() {
+    let Some(g) = Gpu::open("decode, mapped rows") else { return };
+    let mut rng = Rng(24);
+    let mut check = |rows: usize, requests: usize, heads, per: usize, k| {
+        let lens: Vec<usize> = (0..rows).map(|_| rng.below(per * PAGE + 1)).collect();
+        let mut ix = Index::decode(&mut rng, requests, &lens, heads, 0, per);
+        ix.even = false;
+        // Runs of 1 to 11 rows of a request, of padding, of no request.
+        ix.row_request.clear();
+        while ix.row_request.len() < rows {
+            let request = match rng.below(6) {
+                0 => -1,
+                1 => requests as i32,
+                _ => rng.below(requests) as i32,
+            };
+            let n = 1 + rng.below(11.min(rows - ix.row_request.len()));
+            ix.row_request.extend(std::iter::repeat_n(request, n));
+        }
+        let mut plain = ix.clone();
+        (plain.even, plain.requests) = (true, rows);
+        plain.table.clear();
+        for (row, &request) in ix.row_request.iter().enumerate() {
+            let request = usize::try_from(request).ok().filter(|&r| r < requests);
+            if request.is_none() {
+                plain.row_end[row] = 0;
+            }
+            plain.table.extend(&ix.table[request.unwrap_or(0) * per..][..per]);
+        }
+        let run = |ix: &Index| {
+            let args = g.up_indexer(&ix.args());
+            let mut blank = vec![-7i32; rows * k];
+            let out = g.up(&m("indices", &mut blank, &[rows, k]));
+            g.select(args, out, Stream::DEFAULT);
+            (g.down(&out), raw(&ix.scored(&g, args).0).to_vec())
+        };
+        let name = format!("{rows} rows of {requests} requests, {heads} heads");
+        let ((got, got_scores), (want, want_scores)) = (run(&ix), run(&plain));
+        assert!(got_scores == want_scores, "{name}: scores");
+        assert!(got == want, "{name}: indices");
+    };
+    check(23, 7, 64, 40, 96);
+    if small() {
+        return;
+    }
+    for heads in [4, 16, 32, 64] {
+        for (rows, requests) in [(1, 1), (2, 1), (3, 40), (70, 9)] {
+            check(rows, requests, heads, 200, 512);
+        }
+    }
+    check(1, 1, 64, 2048, 2048);
+    check(1300, 200, 32, 12, 64); // More rows than a launch takes.
+}
+
 #[test]
 fn a_captured_decode_serves_other_lengths_and_tables() {
     let Some(g) = Gpu::open("decode, capture") else { return };
     let mut rng = Rng(23);
     let (k, per) = (64, 50);
     let mut ix = Index::decode(&mut rng, 5, &[3000, 60, 65, 2000, 0], 64, 0, per);
-    let args = g.up_indexer(&ix.args());
-    let mut blank = vec![-7i32; ix.rows * k];
-    let out = g.up(&m("indices", &mut blank, &[ix.rows, k]));
-    let op = args.check_select(out).unwrap();
-    let ws = || g.workspace(g.gpu.select_workspace(&op));
-    let (first, second) = (ws(), ws());
-    let graph = Graph::capture(|stream| {
-        // Another kind of node in front, and a select right behind a select.
-        let (address, bytes) = (out.as_ptr().addr() as u64, 4 * ix.rows * k);
-        // SAFETY: the indices' own memory.
-        unsafe { result::memset_d8_async(address, 0x77, bytes, stream.as_raw().cast()) }.unwrap();
-        g.gpu.select(&op, first, stream).unwrap();
-        g.gpu.select(&op, second, stream).unwrap();
-    });
-    for lens in [[3000, 60, 65, 2000, 0], [64, 3001, 0, 1, 2900], [0, 0, 0, 0, 0], [2999; 5]] {
-        ix.row_end = lens.to_vec();
-        ix.table = (0..5 * per).map(|_| rng.below(ix.pages) as i32).collect();
-        g.set(&args.map.row_end.unwrap(), &ix.row_end);
-        g.set(&args.map.block_table.unwrap(), &ix.table);
-        graph.replay();
-        let want = ix.selected(&g, args, k);
-        assert!(g.down(&out) == raw(&want), "{lens:?}");
+    for mapped in [false, true] {
+        ix.even = !mapped;
+        let args = g.up_indexer(&ix.args());
+        let mut blank = vec![-7i32; ix.rows * k];
+        let out = g.up(&m("indices", &mut blank, &[ix.rows, k]));
+        let op = args.check_select(out).unwrap();
+        let ws = || g.workspace(g.gpu.select_workspace(&op));
+        let (first, second) = (ws(), ws());
+        let graph = Graph::capture(|stream| {
+            // Another kind of node in front, and a select right behind a select.
+            let (address, n) = (out.as_ptr().addr() as u64, 4 * ix.rows * k);
+            // SAFETY: the indices' own memory.
+            unsafe { result::memset_d8_async(address, 0x77, n, stream.as_raw().cast()) }.unwrap();
+            g.gpu.select(&op, first, stream).unwrap();
+            g.gpu.select(&op, second, stream).unwrap();
+        });
+        for lens in [[3000, 60, 65, 2000, 0], [64, 3001, 0, 1, 2900], [0, 0, 0, 0, 0], [2999; 5]] {
+            ix.row_end = lens.to_vec();
+            ix.table = (0..5 * per).map(|_| rng.below(ix.pages) as i32).collect();
+            g.set(&args.map.row_end.unwrap(), &ix.row_end);
+            g.set(&args.map.block_table.unwrap(), &ix.table);
+            if let Some(row_request) = args.map.row_request {
+                ix.row_request = (0..5).map(|_| rng.below(6) as i32 - 1).collect();
+                g.set(&row_request, &ix.row_request);
+            }
+            graph.replay();
+            let want = ix.selected(&g, args, k);
+            assert!(g.down(&out) == raw(&want), "mapped {mapped} {lens:?}");
+        }
     }
 }
 

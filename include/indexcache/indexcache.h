@@ -1551,7 +1551,7 @@ idxc_status idxc_select_workspace(const struct idxc_cache *cache,
  * reuse are there; `desc` may be NULL. A row that sees at most `topk` tokens takes them all, unscored.
  *
  * Never holds more than O(rows * topk) scores; on Hopper up to 8192 a row where no row can see more, and for decode (at
- * most 8 rows a request, no `row_request`), which has kernels of its own there, up to 128 MiB of them.
+ * most 8 rows a request; with `row_request` on average), which has kernels of its own there, up to 128 MiB of them.
  *
  * - Ownership: everything stays the caller's; `workspace` is scratch during the call (CUDA: until `stream` is done).
  * - Threads: the cache's.

@@ -36,6 +36,11 @@ struct Dev {
     Dev(size_t n) : n(n) { OK(cudaMalloc(&p, std::max<size_t>(n, 1) * sizeof(T))); }
     Dev(const std::vector<T>& v) : Dev(v.size()) { set(v); }
     Dev(Dev&& o) : p(o.p), n(o.n) { o.p = nullptr; }
+    Dev& operator=(Dev&& o) {
+        std::swap(p, o.p);
+        std::swap(n, o.n);
+        return *this;
+    }
     ~Dev() { cudaFree(p); }
     void set(const std::vector<T>& v) { OK(cudaMemcpy(p, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice)); }
     std::vector<T> get() const {
@@ -165,12 +170,12 @@ struct Call : Decode {
 static void run(Call& p, cudaStream_t stream, int what = 3) {
     const int heads = p.ix.heads <= 16 ? 16 : p.ix.heads <= 32 ? 32 : 64;
     const Scores kernel = heads == 16 ? decode_scores_16 : heads == 32 ? decode_scores_32 : decode_scores_64;
-    const int fixed = 1024 + 2 * p.queries * (heads * (DIM + 4) + 4) + 32 + 4 * (2 * DECODE_REQUESTS + 1 + DECODE_THREADS / 32);
+    const int fixed = 1024 + 2 * p.queries * (heads * (DIM + 4) + 4) + 32 + 4 * (4 * DECODE_GROUPS + 2 + DECODE_THREADS / 32);
     const int stage = PAIR * PAGE_BYTES + sizeof(Stage) + 16;
     p.stages = std::min(most_stages, (232448 - fixed) / stage) / GROUPS * GROUPS;
-    if (what & 1) launch(kernel, sms, DECODE_THREADS, fixed + p.stages * stage, stream, false, static_cast<Decode&>(p), p.k_map, p.q_map);
+    if (what & 1) launch(kernel, sms, DECODE_THREADS, fixed + p.stages * stage, stream, true, static_cast<Decode&>(p), p.k_map, p.q_map);
     if (what & 2 && p.out) {
-        launch(decode_topk, p.requests * p.queries, SELECT_THREADS, sizeof(SelectShared), stream, what & 1, static_cast<Decode&>(p));
+        launch(decode_topk, p.rows, SELECT_THREADS, sizeof(SelectShared), stream, true, static_cast<Decode&>(p));
     }
 }
 
@@ -258,7 +263,7 @@ static void check_topk() {
                 p.scores_row = columns;
                 p.tops_row = columns / 8;
                 p.columns = columns;
-                p.requests = p.queries = 1;
+                p.rows = p.queries = 1;
                 p.k = k;
                 p.out_row = k + 1;
                 for (Dev<int>* o : {&out, &again}) {
@@ -343,9 +348,22 @@ struct Problem {
         p.scores_row = p.columns = per * 64;
         p.tops_row = per * 8;
         p.out_row = k;
-        p.requests = requests;
+        p.rows = rows;
         p.queries = queries;
         p.k = k;
+    }
+
+    // Rows of any requests, -1: padding.
+    Dev<int> row_request;
+    void map_rows(const std::vector<int>& requests_of_rows) {
+        const int rows = requests * queries;
+        row_request = Dev<int>(requests_of_rows);
+        for (int r = 0; r < rows; ++r) {
+            if (requests_of_rows[r] < 0) lengths[r] = 0;
+        }
+        p.ix.map.row_request = row_request.p;
+        p.queries = std::min(rows, heads > 32 ? 4 : 8);
+        p.q_map = make_map(q.p, heads, rows, DIM, heads * DIM, heads <= 16 ? 16 : heads <= 32 ? 32 : 64, p.queries);
     }
 
     void check(const std::string& name, bool numbers = true) {
@@ -417,6 +435,9 @@ static void check_small() {
     using V = std::vector<int>;
     Problem(3, 2, 64, 512, V{700, 600, 0, 513, 511, 20000}, 20000).check("small", false);
     Problem(5, 1, 24, 512, V{1, 17000, 600, 0, 513}, 17000).check("small, 24 heads", false);
+    Problem x(2, 3, 64, 512, V{700, 600, 600, 513, 511, 20000}, 20000);
+    x.map_rows(V{1, 1, -1, 1, 0, 0});
+    x.check("small, rows of any requests", false);
 }
 
 static void check_all() {
@@ -457,6 +478,26 @@ static void check_all() {
         Problem z(2, 1, 64, 2048, V{30000, 9000}, 30000);
         OK(cudaMemset(z.pool.p + 100 * PAGE_BYTES, 0x7f, 50 * PAGE_BYTES));
         z.check("NaN keys");
+    }
+    for (int heads : {64, 32, 16}) {
+        V of{0, 0, 0, -1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1, -1, -1, 0, 2}, lengths;
+        for (size_t i = 0; i < of.size(); ++i) lengths.push_back(3000 + 700 * int(i) % 9000);
+        Problem x(4, 5, heads, 1024, lengths, 12000);
+        x.map_rows(of);
+        x.check("rows of any requests, heads " + std::to_string(heads));
+        V many(510), of_many(510);
+        for (int i = 0; i < 510; ++i) many[i] = i * 7919 % 3000, of_many[i] = i % 31 ? i / 7 % 255 : -1;
+        Problem y(255, 2, heads, 512, many, 3000);
+        y.map_rows(of_many);
+        y.check("510 rows of any requests");
+    }
+    {
+        Problem x(1, 1, 64, 2048, V{131072}, 131072);
+        x.map_rows(V{0});
+        x.check("one row, mapped");
+        Problem y(1, 1, 64, 2048, V{131072}, 131072);
+        y.map_rows(V{-1});
+        y.check("one row of padding");
     }
     printf("%s\n", failures ? "FAILED" : "ALL CHECKS PASSED");
 }
@@ -518,7 +559,9 @@ static void time_all() {
     };
     for (const Case& c : {Case{64, 1, 64, 131072}, {64, 1, 32, 131072}, {16, 1, 64, 131072}, {16, 1, 32, 131072},
                           {1, 1, 64, 131072}, {1, 1, 32, 131072}, {1, 1, 64, 32768}, {1, 1, 32, 32768}, {16, 2, 64, 131072},
-                          {16, 4, 32, 131072}, {64, 1, 64, 8192}, {64, 1, 64, 4096}, {64, 1, 64, 32768}, {1, 1, 64, 8192}}) {
+                          {16, 4, 32, 131072}, {64, 1, 64, 8192}, {64, 1, 64, 4096}, {64, 1, 64, 32768}, {1, 1, 64, 8192},
+                          {1, 1, 64, 16384}, {1, 1, 64, 65536}, {1, 2, 64, 131072}, {2, 1, 64, 131072}, {4, 1, 64, 131072}, {8, 1, 64, 131072},
+                          {8, 1, 64, 32768}, {1, 1, 64, 262144}}) {
         const int64_t per = (c.length + 63) / 64, each = c.requests * per;
         // Copies of the block table with other pages, so that nothing comes from L2.
         const int sets = int(std::max<int64_t>(1, std::min<int64_t>(16, pool_pages / each)));

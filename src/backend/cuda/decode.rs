@@ -16,8 +16,8 @@ const SCORES_SHARED: usize = 227 * 1024;
 const TOPK_SHARED: u32 = 209_568;
 /// Stages of the ring: more do not make it faster.
 const STAGES: usize = 8;
-/// Requests of a launch, and queries of a request, at most.
-const REQUESTS: usize = 512;
+/// Groups of a launch, and queries of a request, at most. A group: rows that follow each other, of one request.
+const DECODE_GROUPS: usize = 512;
 const QUERIES: usize = 8;
 const DIM: usize = 128;
 /// Bytes of scores, and of the best of every 8, that a launch leaves in memory, at most.
@@ -70,55 +70,50 @@ fn copyable(addresses: [Ptr; 2], strides: [usize; 3]) -> bool {
 struct Operands {
     ix: params::Indexer,
     keys: TensorMap,
-    queries: TensorMap,
+    q: TensorMap,
     padded: usize,
-    requests: usize,
-    per_request: usize,
+    /// Rows of a group; with `row_request`, at most.
+    queries: usize,
+    /// Rows to start a launch at are multiples of this.
+    unit: usize,
 }
 
 impl Operands {
     /// `None`: not decode, or not a layout that the copy engine can read.
     fn of(ix: &Indexer<'_>) -> Result<Option<Self>> {
-        let (Query::F8(q), Keys::PagedF8(k), None) = (ix.q, ix.keys, ix.map.row_request) else {
-            return Ok(None);
+        let (Query::F8(q), Keys::PagedF8(k)) = (ix.q, ix.keys) else { return Ok(None) };
+        let padded = ix.heads.next_power_of_two().max(16);
+        let requests = ix.map.block_table.map_or(0, |t| t.shape()[0]);
+        let (queries, unit) = match ix.map.row_request {
+            None => (ix.map.rows_per_request, ix.map.rows_per_request),
+            // Longer groups would leave too little of shared memory for keys.
+            Some(_) => (ix.rows.min(if padded > 32 { QUERIES / 2 } else { QUERIES }), 1),
         };
-        let per_request = ix.map.rows_per_request;
         let [q_row, q_head, _] = q.strides();
         let (page, pages) = (k.strides()[0], k.shape()[0]);
         let fits = ix.rows > 0
             && ix.dim == DIM
             && ix.heads <= 64
-            && per_request <= QUERIES
+            && ix.rows <= requests.saturating_mul(QUERIES)
             && pages > 0
             && copyable([at(q.as_ptr()), at(k.as_ptr())], [q_row, q_head, page]);
         if !fits {
             return Ok(None);
         }
-        let padded = ix.heads.next_power_of_two().max(16);
         let dims = [(DIM, 1, 128), (PAGE, DIM, PAGE as u32), (pages, page, 1)];
         let keys = TensorMap::new(Boxes::Bytes, at(k.as_ptr()), dims)?;
-        let dims = [
-            (DIM, 1, 128),
-            (ix.heads, q_head, padded as u32),
-            (ix.rows, q_row, per_request as u32),
-        ];
-        let queries = TensorMap::new(Boxes::Bytes, at(q.as_ptr()), dims)?;
-        let requests = ix.rows / per_request;
-        Ok(Some(Operands {
-            ix: params::Indexer::of(ix),
-            keys,
-            queries,
-            padded,
-            requests,
-            per_request,
-        }))
+        let dims =
+            [(DIM, 1, 128), (ix.heads, q_head, padded as u32), (ix.rows, q_row, queries as u32)];
+        let q = TensorMap::new(Boxes::Bytes, at(q.as_ptr()), dims)?;
+        let ix = params::Indexer::of(ix);
+        Ok(Some(Operands { ix, keys, q, padded, queries, unit }))
     }
 
     /// Stages of the ring of pages that shared memory has room for, and the bytes of it all: `Shared` of the kernel.
     fn ring(&self) -> (usize, usize) {
         let slot = self.padded * (DIM + 4) + 4;
-        let plan = 2 * REQUESTS + 1 + SCORES_THREADS as usize / 32;
-        let fixed = 1024 + 2 * self.per_request * slot + 32 + 4 * plan;
+        let plan = 4 * DECODE_GROUPS + 2 + SCORES_THREADS as usize / 32;
+        let fixed = 1024 + 2 * self.queries * slot + 32 + 4 * plan;
         let stage = 2 * PAGE * (DIM + 4) + 16 + 16;
         let stages = ((SCORES_SHARED - fixed) / stage).min(STAGES) / GROUPS * GROUPS;
         (stages, fixed + stages * stage)
@@ -155,11 +150,11 @@ impl Decode {
         params.stages = small(stages);
         let kernel = self.scores.iter().find(|(heads, _)| *heads == x.padded).map(|(_, k)| k);
         let Some(kernel) = kernel else { return Ok(()) };
-        let (keys, queries) = ((&raw mut x.keys).cast(), (&raw mut x.queries).cast());
-        let mut arguments = [(&raw mut *params).cast(), keys, queries];
+        let (keys, q) = ((&raw mut x.keys).cast(), (&raw mut x.q).cast());
+        let mut arguments = [(&raw mut *params).cast(), keys, q];
         let (grid, threads, stream) = ((gpu.sms, 1), SCORES_THREADS, stream.as_raw());
         // SAFETY: the kernel's parameters; the rest passed on.
-        unsafe { kernel.launch_with(grid, threads, shared as u32, stream, &mut arguments, false) }
+        unsafe { kernel.launch_with(grid, threads, shared as u32, stream, &mut arguments, true) }
     }
 
     /// Scores into f32; false if the shapes are not for these kernels.
@@ -170,11 +165,12 @@ impl Decode {
         let row = out.strides()[0];
         let _entered = gpu.enter()?;
         // The kernel counts pages in 32 bits.
-        let chunk = (i32::MAX as usize / op.columns().div_ceil(PAGE).max(1)).clamp(1, REQUESTS);
-        for first in (0..x.requests).step_by(chunk) {
+        let groups = i32::MAX as usize / op.columns().div_ceil(PAGE).max(1);
+        let chunk = x.unit * groups.clamp(1, DECODE_GROUPS);
+        for first in (0..op.indexer.rows).step_by(chunk) {
             let mut params = params::Decode {
                 ix: x.ix,
-                scores: at(out.as_mut_ptr()) + (4 * first * x.per_request * row) as Ptr,
+                scores: at(out.as_mut_ptr()) + (4 * first * row) as Ptr,
                 tops: 0,
                 out: 0,
                 scores_row: n(row),
@@ -182,8 +178,8 @@ impl Decode {
                 out_row: 0,
                 columns: n(op.columns()),
                 first: n(first),
-                requests: small(chunk.min(x.requests - first)),
-                queries: small(x.per_request),
+                rows: small(chunk.min(op.indexer.rows - first)),
+                queries: small(x.queries),
                 k: 0,
                 stages: 0,
             };
@@ -204,15 +200,15 @@ impl Decode {
         let Some(mut x) = Operands::of(&op.indexer)? else { return Ok(false) };
         let columns = columns(&op.indexer.map);
         let room = room(&op.indexer);
-        // Requests that fit into scratch together; their rows' positions are few enough for 32 bits, too.
-        let chunk = (room / (x.per_request * columns).max(1)).min(REQUESTS);
+        // Rows that fit into scratch together; their positions are few enough for 32 bits, too.
+        let chunk = x.unit * (room / (x.unit * columns).max(1)).min(DECODE_GROUPS);
         if chunk == 0 {
             return Ok(false);
         }
         let scratch = lay(&mut Addresses::over(base), room);
         let _entered = gpu.enter()?;
-        for first in (0..x.requests).step_by(chunk) {
-            let requests = chunk.min(x.requests - first);
+        for first in (0..op.indexer.rows).step_by(chunk) {
+            let rows = chunk.min(op.indexer.rows - first);
             let mut params = params::Decode {
                 ix: x.ix,
                 scores: scratch.scores,
@@ -223,12 +219,12 @@ impl Decode {
                 out_row: n(op.indices.strides()[0]),
                 columns: n(columns),
                 first: n(first),
-                requests: small(requests),
-                queries: small(x.per_request),
+                rows: small(rows),
+                queries: small(x.queries),
                 k: small(op.topk),
                 stages: 0,
             };
-            let (grid, threads) = ((requests * x.per_request, 1), TOPK_THREADS);
+            let (grid, threads) = ((rows, 1), TOPK_THREADS);
             // SAFETY: checked tensors and scratch on this device; lengths and pages are bounded on the device.
             unsafe {
                 self.score(gpu, &mut x, &mut params, stream)?;

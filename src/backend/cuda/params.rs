@@ -92,7 +92,7 @@ params! {
         out_row: i64,
         columns: i64,
         first: i64,
-        requests: i32,
+        rows: i32,
         queries: i32,
         k: i32,
         stages: i32,
