@@ -31,8 +31,8 @@ fn config() -> Map<String, Value> {
 /// Invented: what a stage takes grows with its rows and its context.
 fn us(stage: &str, rows: f64, context: f64) -> f64 {
     match stage {
-        "select" => 15.0 + rows * context * 3e-5,
-        "attend" => 9.0 + rows * 0.4 + context * 1e-5,
+        "select" => 15.0 + rows * context * 3e-4,
+        "attend" => 9.0 + rows * 4.0 + context * 1e-5,
         "indexer" => 6.0 + rows * 0.02,
         "projections" => 11.0 + rows * 0.08,
         "moe" => 30.0 + rows * 0.2,
@@ -213,14 +213,47 @@ fn between_measured_calls_times_are_linear() {
     let (got, kinds) = select(32.0, 4864.0);
     near(got, quarter(16.0) * 2.0 / 3.0 + quarter(64.0) / 3.0);
     assert_eq!(kinds, [0.0, 1.0, 0.0]);
-    // Past the longest context and the most rows: by the bytes.
-    let (got, kinds) = select(64.0, 1048576.0);
-    let bytes = select_bytes(64.0, 1048576.0) / select_bytes(64.0, 262144.0);
-    near(got, time(64.0, 262144.0) * bytes);
-    assert_eq!(kinds, [0.0, 0.0, 1.0]);
-    let (got, kinds) = select(128.0, 262144.0);
-    near(got, time(64.0, 262144.0) * 2.0);
-    assert_eq!(kinds, [0.0, 0.0, 1.0]);
+    // Fewer rows than were timed at that context, as many bytes: on the line over bytes of all calls.
+    let w = |requests, context| select_bytes(requests, context) / BYTES;
+    let rise = |a: (f64, f64), b: (f64, f64)| {
+        (time(b.0, b.1) - time(a.0, a.1)) / (w(b.0, b.1) - w(a.0, a.1))
+    };
+    let (got, kinds) = select(4.0, 524288.0);
+    let (less, more) = ((64.0, 16384.0), (16.0, 262144.0));
+    near(got, time(64.0, 16384.0) + rise(less, more) * (w(4.0, 524288.0) - w(64.0, 16384.0)));
+    assert_eq!(kinds, [0.0, 1.0, 0.0]);
+    // Past the most bytes: on, at the rate of the last two.
+    for (requests, context) in [(64.0, 1048576.0), (128.0, 262144.0), (128.0, 1048576.0)] {
+        let (got, kinds) = select(requests, context);
+        let more = w(requests, context) - w(64.0, 262144.0);
+        near(got, time(64.0, 262144.0) + rise((16.0, 262144.0), (64.0, 262144.0)) * more);
+        assert_eq!(kinds, [0.0, 0.0, 1.0]);
+    }
+}
+
+#[test]
+fn beyond_what_was_timed_rates_are_bounded() {
+    let select = |calls: &[(u32, u32)], us: Option<f64>, requests: &str| {
+        let mut times = times(&[(8192, 8192)], calls);
+        for time in times["times"].as_array_mut().unwrap() {
+            if let Some(us) = us.filter(|_| time["stage"] == "select") {
+                time["us"] = json!(us);
+            }
+        }
+        let files = Files::new("simulate_bounds", &times, &config().into());
+        let report = files.estimate(&["--context", "262144", "--batch", requests]);
+        let arm = arm(&report, "decode", "indexcache", "all-full");
+        assert_eq!(stage(arm, "select", "scaled_us"), stage(arm, "select", "us"));
+        stage(arm, "select", "us") / 4.0
+    };
+    let w = |requests, context| select_bytes(requests, context) / BYTES;
+    // Of one call nothing says what is latency: in proportion.
+    let alone = us("select", 4.0, 65536.0) * w(4.0, 262144.0) / w(4.0, 65536.0);
+    near(select(&[(4, 65536)], None, "4"), alone);
+    near(select(&[(4, 262144)], None, "12"), 3.0 * us("select", 4.0, 262144.0));
+    // No time is for free, even if two calls took the same.
+    let flat = select(&[(4, 16384), (4, 65536)], Some(1000.0), "4");
+    near(flat, 1000.0 + w(4.0, 262144.0) - w(4.0, 65536.0));
 }
 
 /// Four rows were timed at a short context only: what one and 16 take at longer ones says more about four there.
@@ -245,9 +278,9 @@ fn prefill_is_the_sum_of_its_chunks() {
     near(stage(&three, "projections", "us"), 12.0 * us("projections", 8192.0, 0.0));
     let last = stage(&three, "select", "us") - stage(&two, "select", "us");
     near(last, 4.0 * us("select", 8192.0, 24576.0));
-    // Past what was measured, by the pairs of a row and a key.
-    let pairs = |end: u32| (end - 8191..=end).map(f64::from).sum::<f64>();
+    // Past what was measured: in proportion to the pairs of a row and a key, which the last two chunks grew more than.
     let far = stage(&prefill("524288"), "select", "us") - stage(&prefill("516096"), "select", "us");
+    let pairs = |end: u32| (end - 8191..=end).map(f64::from).sum::<f64>();
     near(far, 4.0 * us("select", 8192.0, 262144.0) * pairs(524288) / pairs(262144));
     // A chunk of 2048 rows after one of 8192; 10240 is no measured context.
     let rest = prefill("10240");

@@ -1,7 +1,8 @@
 //! The measured times of a decoder's stages, and what they say about stages that were not measured.
 //!
-//! Between measured calls a time is linear in rows and, for select and attend, in context, as a latency and a rate make
-//! it. Beyond them, and for other dimensions, it is scaled as its roofline is: by operations or bytes.
+//! A call takes a latency and then goes at a rate. So between measured calls a time is linear in rows and, for select and
+//! attend, in context. Where rows and contexts are not surrounded, it is linear in the roofline, operations or bytes, and
+//! beyond goes on at the rate of the last two calls. For other dimensions it is in proportion to the roofline.
 
 use super::shape::{Call, Ceilings, Layer, Shape, Stage, Work, layers};
 use crate::Failure;
@@ -200,24 +201,35 @@ impl Times {
             };
             self.ceilings.microseconds(shape.work(stage, &Layer::PLAIN, call))
         };
-        let mut rows: Vec<f64> = measured.iter().map(|m| m.call.rows()).collect();
-        rows.sort_by(f64::total_cmp);
-        rows.dedup();
-        let over_contexts = rows.iter().map(|&rows| {
+        let mut all_rows: Vec<f64> = measured.iter().map(|m| m.call.rows()).collect();
+        all_rows.sort_by(f64::total_cmp);
+        all_rows.dedup();
+        let over_contexts = all_rows.iter().filter_map(|&rows| {
             let these = measured.iter().filter(|m| m.call.rows() == rows);
-            let points = these.map(|m| (m.call.context, m.time.us, How::Measured));
-            let (us, how) = between(points, length(rows), |context| roofline(rows, context));
-            (rows, us, how)
+            let mut points: Vec<_> =
+                these.map(|m| (m.call.context, m.time.us, How::Measured)).collect();
+            points.sort_by(|a, b| a.0.total_cmp(&b.0));
+            let (us, how) = on_line(&points, length(rows))?;
+            Some((rows, us, how))
         });
-        let mut over_contexts: Vec<_> = over_contexts.collect();
-        // Fewer or more rows that were timed at such contexts say more than as many at others.
-        if over_contexts.iter().any(|(.., how)| *how != How::Scaled) {
-            over_contexts.retain(|(.., how)| *how != How::Scaled);
+        let (rows, over_contexts) = (call.rows(), over_contexts.collect::<Vec<_>>());
+        let here = roofline(rows, length(rows));
+        if let Some((us, how)) = on_line(&over_contexts, rows) {
+            return (us, how, here);
         }
-        let rows = call.rows();
-        let (us, how) =
-            between(over_contexts.into_iter(), rows, |rows| roofline(rows, length(rows)));
-        (us, how, roofline(rows, length(rows)))
+        // Of calls with as much to do, the most alike.
+        let unlike = |m: &Measured| {
+            (m.call.rows() / rows).ln().abs() + (m.call.context / length(rows)).ln().abs()
+        };
+        let point = |m: &&Measured| (self.ceilings.microseconds(m.work), m.time.us, unlike(m));
+        let mut points: Vec<_> = measured.iter().map(point).collect();
+        points.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.2.total_cmp(&b.2)));
+        points.dedup_by(|b, a| is(b.0, a.0));
+        let points: Vec<_> = points.iter().map(|p| (p.0, p.1, How::Interpolated)).collect();
+        match on_line(&points, here) {
+            Some((us, how)) => (us, how, here),
+            None => (beyond(&points, here), How::Scaled, here),
+        }
     }
 }
 
@@ -255,29 +267,35 @@ impl Question<'_> {
     }
 }
 
-/// The time at `x`, of points `(x, time, how it is known)`: on straight lines between them; beyond the first and the
-/// last as theirs, scaled as `work` is.
-fn between(
-    points: impl Iterator<Item = (f64, f64, How)>,
-    x: f64,
-    work: impl Fn(f64) -> f64,
-) -> (f64, How) {
-    let mut points: Vec<_> = points.collect();
-    points.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let same = |a: f64, b: f64| (a - b).abs() <= 1e-9 * b;
-    if let Some(&(_, us, how)) = points.iter().find(|p| same(p.0, x)) {
-        return (us, how);
+/// The same but for rounding.
+fn is(a: f64, b: f64) -> bool {
+    (a - b).abs() <= 1e-9 * b
+}
+
+/// The time at `x`, if that is within ascending points `(x, time, how it is known)`: on straight lines between them.
+fn on_line(points: &[(f64, f64, How)], x: f64) -> Option<(f64, How)> {
+    if let Some(&(_, us, how)) = points.iter().find(|p| is(p.0, x)) {
+        return Some((us, how));
     }
-    let below = points.iter().rfind(|p| p.0 < x);
-    let above = points.iter().find(|p| p.0 > x);
-    match (below, above) {
-        (Some(a), Some(b)) => {
-            let part = (x - a.0) / (b.0 - a.0);
-            (a.1 + (b.1 - a.1) * part, a.2.max(b.2).max(How::Interpolated))
-        }
-        (Some(end), None) | (None, Some(end)) => (end.1 * work(x) / work(end.0), How::Scaled),
-        (None, None) => (f64::NAN, How::Scaled),
-    }
+    let above = points.partition_point(|p| p.0 < x);
+    let (a, b) = (points.get(above.checked_sub(1)?)?, points.get(above)?);
+    let part = (x - a.0) / (b.0 - a.0);
+    Some((a.1 + (b.1 - a.1) * part, a.2.max(b.2).max(How::Interpolated)))
+}
+
+/// The time at the roofline `x`, which is not within these.
+fn beyond(points: &[(f64, f64, How)], x: f64) -> f64 {
+    let ends = match points {
+        [] => return f64::NAN,
+        [one] => (one, None),
+        [first, second, ..] if x < first.0 => (first, Some(second)),
+        [.., second, last] => (last, Some(second)),
+    };
+    let (end, next) = ends;
+    // Neither faster than the roofline nor, latency and all, in more than proportion.
+    let most = end.1 / end.0;
+    let rate = next.map_or(most, |next| (end.1 - next.1) / (end.0 - next.0));
+    end.1 + rate.clamp(most.min(1.0), most) * (x - end.0)
 }
 
 impl Time {
