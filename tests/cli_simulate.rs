@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{code_block, fresh_dir, root, run};
+use common::{code_block, fresh_dir, has, root, run, skip};
 use serde_json::{Map, Value, json};
 use std::path::PathBuf;
 use std::process::Command;
@@ -373,64 +373,49 @@ fn more_work_never_takes_less() {
     assert!(over.is_sorted(), "{over:?}");
 }
 
-/// A config as it is published: what tests/data/configs leaves out is put back.
-fn published(name: &str, rest: Value) -> Value {
+/// A published config, with sizes for those of tests/data/configs that leave them out.
+fn published(name: &str) -> Value {
     let path = root().join("tests/data/configs").join(name);
     let mut config: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
     let home = match config.get("text_config") {
         Some(_) => &mut config["text_config"],
         None => &mut config,
     };
-    home.as_object_mut().unwrap().extend(rest.as_object().unwrap().clone());
-    config
-}
-
-fn moe(hidden: u32, experts: u32, per_row: u32) -> Value {
-    json!({
-        "hidden_size": hidden, "intermediate_size": 12288, "moe_intermediate_size": 2048,
-        "n_routed_experts": experts, "num_experts_per_tok": per_row, "n_shared_experts": 1,
-        "vocab_size": 129280,
-    })
-}
-
-fn with(mut config: Value, rest: Value) -> Value {
-    config.as_object_mut().unwrap().extend(rest.as_object().unwrap().clone());
+    let sizes = json!({
+        "hidden_size": 6144, "intermediate_size": 12288, "moe_intermediate_size": 2048, "n_routed_experts": 128,
+        "num_experts_per_tok": 4, "vocab_size": 200064, "q_lora_rank": 1536, "qk_nope_head_dim": 256,
+        "v_head_dim": 256,
+    });
+    if home.get("hidden_size").is_none() {
+        home.as_object_mut().unwrap().extend(sizes.as_object().unwrap().clone());
+    }
     config
 }
 
 #[test]
 fn every_dialect_is_simulated() {
-    let latent = json!({
-        "q_lora_rank": 2048, "qk_nope_head_dim": 192, "v_head_dim": 256, "first_k_dense_replace": 3,
-    });
-    let v4 = json!({
-        "q_lora_rank": 1024, "o_lora_rank": 1024, "o_groups": 8, "sliding_window": 128, "expert_dtype": "fp4",
-        "quantization_config": { "quant_method": "fp8" },
-    });
-    let dsa = with(moe(6144, 256, 8), latent.clone());
-    let v4 = with(moe(4096, 256, 6), v4);
-    for (name, rest, pattern, note) in [
-        ("deepseek_v32.json", dsa.clone(), "FSSS", "draft layers"),
-        ("glm_5_1.json", dsa.clone(), "FSSS", "draft layers"),
-        ("glm_5_2.json", dsa.clone(), "", "Shared layers have no indexer"),
-        ("hy4_preview.json", dsa.clone(), "", "Shared layers have no indexer"),
-        ("glm_5_3_flash.json", dsa, "FSSS", "linear"),
-        ("deepseek_v4_flash.json", v4.clone(), "FSSS", "experts are fp4"),
-        ("deepseek_v4_1_flash.json", v4, "", "compressing KV"),
-        ("minimax_m3.json", moe(6144, 128, 4), "FSSS", "without sparse attention"),
+    for (name, keep, note) in [
+        ("deepseek_v32.json", "1/4", "draft layers"),
+        ("glm_5_1.json", "1/4", "draft layers"),
+        ("glm_5_2.json", "", "Shared layers have no indexer"),
+        ("hy4_preview.json", "", "Shared layers have no indexer"),
+        ("glm_5_3_flash.json", "1/4", "linear"),
+        ("deepseek_v4_flash.json", "1/4", "experts are fp4"),
+        ("deepseek_v4_1_flash.json", "", "experts are fp4"),
+        ("minimax_m3.json", "1/4", "without sparse attention"),
     ] {
-        let files = Files::new("simulate_dialects", &grid(), &published(name, rest));
-        let keep = if pattern.is_empty() { vec![] } else { vec!["--keep", "1/4"] };
+        let files = Files::new("simulate_dialects", &grid(), &published(name));
+        let keep = if keep.is_empty() { vec![] } else { vec!["--keep", keep] };
         let report = files.estimate(&[&["--context", "100000"], &keep[..]].concat());
         for phase in ["prefill", "decode"] {
             let all_full = arm(&report, phase, "indexcache", "all-full");
             let shared = arm(&report, phase, "indexcache", "pattern");
-            let us = |arm: &Value| arm["us"].as_f64().unwrap();
             // What a Shared layer saves is its indexer, and nothing else.
             for stage in STAGES.iter().filter(|s| !["indexer", "select"].contains(s)) {
                 let us = |arm| self::stage(arm, stage, "us");
                 assert!((us(all_full) - us(shared)).abs() <= 1e-9 * us(shared), "{name} {stage}");
             }
+            let us = |arm: &Value| arm["us"].as_f64().unwrap();
             assert!(us(shared) < us(all_full) && us(shared).is_finite(), "{name}: {shared}");
         }
         let notes = report["notes"].to_string();
@@ -447,17 +432,15 @@ fn pools_and_candidates_are_counted() {
         let report = files.estimate(&[&["--context", "262144"], keep].concat());
         stage(arm(&report, "decode", "indexcache", "pattern"), "select", "us")
     };
-    let rest =
-        with(moe(4096, 256, 6), json!({ "q_lora_rank": 1024, "o_lora_rank": 1024, "o_groups": 8 }));
     // One index K row for 4 positions: as a layer without, at a quarter of the context, with 64 heads and top-k 512.
-    let flash = published("deepseek_v4_flash.json", rest.clone());
+    let flash = published("deepseek_v4_flash.json");
     let bytes = |keys: f64, heads: f64, topk: f64| keys * 132.0 + heads * 128.0 + 4.0 * topk;
     let as_measured = |keys: f64, heads: f64| {
         us("select", 1.0, keys) * bytes(keys, heads, 512.0) / bytes(keys, 32.0, 2048.0)
     };
     near(select("simulate_pool", &flash), 11.0 * as_measured(65536.0, 64.0));
     // Layers 24, 28, 32 and 36 score 16384 candidates; 2, 8 and 14 every other position, 20 all.
-    let v41 = published("deepseek_v4_1_flash.json", rest);
+    let v41 = published("deepseek_v4_1_flash.json");
     let part = |keys: f64| as_measured(keys, 32.0);
     let want = 4.0 * part(16384.0) + 3.0 * part(131072.0) + part(262144.0);
     near(select("simulate_candidates", &v41), want);
@@ -594,6 +577,53 @@ fn the_text_says_the_same() {
     let (ms, gain) = (shown["us"].as_f64().unwrap() / 1e3, shown["gain"].as_f64().unwrap());
     let line = format!("indexcache  2 Full    {ms:>10.2}  {gain:>5.2}x");
     assert!(text.contains(&line), "{line}\n{text}");
+}
+
+/// benches/stack/kernels.py: other heads, from benches/peers.py.
+#[test]
+fn public_kernels_timed_alone_are_added() {
+    if !has("python3") {
+        return skip("python3 was not found");
+    }
+    let mut times = grid();
+    times["arms"] = json!([]);
+    let mut other = config();
+    other["index_n_heads"] = json!(64);
+    other["num_attention_heads"] = json!(64);
+    let files = Files::new("simulate_kernels", &times, &other.into());
+    let timed = |section: &str, case: &str, peer: &str, us: f64, wrong: u32| json!({ "section": section, "case": case, "peer": peer, "us": us, "wrong": wrong, "note": "" });
+    let (scores, attend) = ("4096 x 8192, 64 heads", "4096 x 64 heads, KV 10240, ascending");
+    let peers = json!({ "runs": [
+        timed("prefill", scores, "DeepGEMM + fast and wrong", 100.0, 3),
+        timed("prefill", scores, "DeepGEMM + right", 700.0, 0),
+        timed("prefill", scores, "DeepGEMM + slow", 900.0, 0),
+        timed("prefill", scores, "indexcache", 600.0, 0),
+        timed("attend", attend, "indexcache", 500.0, 0),
+        timed("attend decode", "fp8 16 x 1 queries x 64 heads", "indexcache", 30.0, 0),
+        // Heads that are there, another order, no stage of a decoder.
+        timed("prefill", "4096 x 8192, 32 heads", "indexcache", 1.0, 0),
+        timed("attend", "4096 x 64 heads, KV 10240, random", "indexcache", 1.0, 0),
+        timed("top-k", "4096 x 8192", "indexcache", 1.0, 0),
+    ]});
+    files.write("peers.json", &peers);
+    let script = root().join("benches/stack/kernels.py");
+    run(Command::new("python3")
+        .current_dir(&files.0)
+        .arg(script)
+        .args(["times.json", "peers.json"]));
+    // A chunk of 8192 rows at 8192 has as many pairs as 4096 rows that see 8192 keys have, but for a rounding.
+    let report = files.estimate(&["--context", "8192", "--batch", "16"]);
+    for (by, select) in [("indexcache", 600.0), ("public", 700.0)] {
+        let got = stage(arm(&report, "prefill", by, "all-full"), "select", "us") / 4.0;
+        assert!((got / select - 1.0).abs() < 1e-3, "{got} instead of {select}");
+    }
+    let shown = arm(&report, "prefill", "indexcache", "all-full");
+    let pairs =
+        |first: u32, last: u32| (first..=last).map(|seen| f64::from(seen.min(2048))).sum::<f64>();
+    let want = 500.0 * pairs(1, 8192) / pairs(6145, 10240);
+    near(stage(shown, "attend", "us") / 4.0, want);
+    let decode = files.estimate(&["--context", "32768", "--batch", "16"]);
+    near(stage(arm(&decode, "decode", "indexcache", "all-full"), "attend", "us"), 4.0 * 30.0);
 }
 
 #[test]

@@ -136,7 +136,8 @@ fn notes(decoder: &Decoder, patterned: &Patterned, args: &Args) -> Vec<String> {
             .push("weights are fp8, and their products scaled from those that were timed".into()),
         Some(other) => notes.push(format!("weights are {other}, and taken to be bf16")),
     }
-    if let Some(dtype) = fields.get("expert_dtype").and_then(Value::as_str) {
+    let quantised = fields.get("quantization_config").and_then(|q| q.get("expert_dtype"));
+    if let Some(dtype) = fields.get("expert_dtype").or(quantised).and_then(Value::as_str) {
         notes.push(format!("experts are {dtype}, and taken to be as the other weights"));
     }
     if fields.contains_key("compress_ratios") {
