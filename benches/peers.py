@@ -3,15 +3,17 @@
     PYTHONPATH=bindings/python/src INDEXCACHE_LIBRARY=target/release/libindexcache.so python benches/peers.py --out DIR
 
 Peers, each where it can be imported: DeepGEMM (wheel sgl-deep-gemm) for the logits; FlashInfer (flashinfer-python),
-SGLang (sglang-kernel), vLLM and torch for the top-k. Times are medians of graph replays, a graph holding many calls
-over rotating inputs; what is allocated inside a call counts for nobody. A peer's `select` is its logits, then its
-top-k.
+SGLang (sglang-kernel), vLLM and torch for the top-k; FlashMLA (sgl-flash-mla), FlashInfer and torch for sparse
+attention. Times are medians of graph replays, a graph holding many calls over rotating inputs; what is allocated
+inside a call counts for nobody. A peer's `select` is its logits, then its top-k.
 
 Every candidate's result is checked, too. Top-k alone: against a stable sort of the same scores. Select: against scores
 in float64 of the same quantised inputs; the best position left out may beat the worst one taken by what rounding
-explains (TOLERANCE), no more. `varies`: a second run of the same call gave another set.
+explains (TOLERANCE), no more. Attention: against float64 over the same, dequantised KV rows. `varies`: a second run
+of the same call gave another set, or other bits.
 """
 import argparse
+import functools
 import importlib
 import json
 import statistics
@@ -27,13 +29,23 @@ K = 2048
 L2 = 50 << 20
 TOLERANCE = 2e-3  # Of a row's standard deviation; tensor cores add fp8 products with about 14 bits.
 CHECKED_ROWS = 8
+D_QK, D_V = 576, 512
+SCALE = D_QK**-0.5
+ATTENTION_ERROR = 1e-2  # Of a row's norm: scores (torch), probabilities, widened fp8 and the output are bf16, 2e-3 each.
 
 
 def importable():
     """Public kernels by name; what cannot be imported says why."""
     have, lack = {}, {}
-    modules = ["deep_gemm", "flashinfer.topk", "sgl_kernel", "vllm._custom_ops"]
-    for name, module in zip(["DeepGEMM", "FlashInfer", "SGLang", "vLLM"], modules):
+    modules = {
+        "DeepGEMM": "deep_gemm",
+        "FlashInfer": "flashinfer.topk",
+        "SGLang": "sgl_kernel",
+        "vLLM": "vllm._custom_ops",
+        "FlashMLA": "flash_mla",
+        "FlashInfer MLA": "flashinfer.mla",
+    }
+    for name, module in modules.items():
         try:
             importlib.import_module(module)
             have[name] = sys.modules[module.partition(".")[0]]
@@ -91,7 +103,7 @@ def run(case, results, rounds=7):
             first = call(0).clone()
             row["wrong"], row["note"] = check(0, first)
             if case.section != "logits":
-                row["varies"] = not torch.equal(first.sort(-1).values, call(0).sort(-1).values)
+                row["varies"] = differ(first, call(0))
             replays[name] = timer(call, case.sets)
             rows[name] = row
         except Exception as e:
@@ -115,8 +127,15 @@ def run(case, results, rounds=7):
         print(line(row), flush=True)
 
 
+def differ(a, b):
+    """Whether two selections are other sets, or two outputs other bits."""
+    if a.dtype == torch.int32:
+        a, b = a.sort(-1).values, b.sort(-1).values
+    return not torch.equal(a, b)
+
+
 def line(row):
-    what = f"{row['section']:<8} {row['case']:<36} {row['peer']:<36}"
+    what = f"{row['section']:<8} {row['case']:<42} {row['peer']:<36}"
     return what + (row["error"] if "error" in row else f"{row['us']:10.2f} us {rate(row):>13}  {state(row)}")
 
 
@@ -219,6 +238,65 @@ class Contiguous:
         )
 
 
+class Attend:
+    """Sparse attention over a store of bf16 or 656-byte KV rows: q [rows, heads, 576], and slots [rows, K] a set."""
+
+    def __init__(self, rows, heads, tokens, fp8, slots):
+        self.rows, self.heads, self.fp8, self.slots = rows, heads, fp8, slots
+        self.q = torch.randn(rows, heads, D_QK, device="cuda").bfloat16()
+        self.kv = store(tokens, fp8)
+
+    @property
+    def flop(self):
+        return 2 * self.rows * self.heads * K * (D_QK + D_V)
+
+    @property
+    def bytes(self):
+        return self.rows * K * self.kv[0].numel() * self.kv.element_size()
+
+    def reference(self, i, row):
+        """Output of one row, in float64."""
+        kv = dequantised(self.kv[self.slots[i][row].long()]).double()
+        return (self.q[row].double() @ kv.T * SCALE).softmax(-1) @ kv[:, :D_V]
+
+
+_stores = {}  # Filling one takes longer than a case.
+
+
+def store(tokens, fp8):
+    if (tokens, fp8) not in _stores:
+        _stores.clear()
+        kv = torch.empty(tokens, D_QK, dtype=torch.bfloat16, device="cuda").normal_()
+        if fp8:
+            pages = torch.empty(tokens // 64, 64, 656, dtype=torch.uint8, device="cuda")
+            slots = torch.arange(tokens, dtype=torch.int32, device="cuda")
+            for part, at in zip(kv.split(1 << 14), slots.split(1 << 14)):  # It looks for slots named twice.
+                ix.kv_write(Ours.context(), ix.KvWriteDesc(kv=part, slots=at, pages=pages), Ours.stream())
+            kv = pages.view(tokens, 656)
+        _stores[tokens, fp8] = kv
+    return _stores[tokens, fp8]
+
+
+def dequantised(kv):
+    """KV rows as bf16 or, of 656 bytes, as float32."""
+    if kv.dtype != torch.uint8:
+        return kv
+    scale = kv[..., 512:528].contiguous().view(torch.float32)
+    latent = kv[..., :512].contiguous().view(torch.float8_e4m3fn).float().unflatten(-1, (4, 128)) * scale.unsqueeze(-1)
+    return torch.cat([latent.flatten(-2), kv[..., 528:].contiguous().view(torch.bfloat16).float()], -1)
+
+
+def distinct(rows, tokens, order):
+    """K tokens a row: in random order, ascending, or ascending with 90 % shared by 64 neighbours."""
+    part = max(1, (1 << 28) // tokens)
+    rows_of = [torch.rand(min(part, rows - at), tokens, device="cuda").topk(K).indices for at in range(0, rows, part)]
+    slots = torch.cat(rows_of).to(torch.int32)
+    if order == "90 % shared":
+        shared = K * 9 // 10
+        slots[:, :shared] = slots[::64, :shared].repeat_interleave(64, 0)[:rows]
+    return slots if order == "random" else slots.sort(-1).values
+
+
 def weighted(q, w, k, scale):
     dots = (k.double() @ q.double().T).relu_()
     return (dots @ w.double()) * scale.double()
@@ -279,6 +357,21 @@ def close_logits(inputs):
     return check
 
 
+def close_attention(x):
+    """Outputs against float64; the note is the largest error relative to its row's norm."""
+
+    def check(i, out):
+        wrong, worst = 0, 0.0
+        for r in sorted({0, x.rows - 1} | set(range(0, x.rows, max(1, x.rows // CHECKED_ROWS)))):
+            want = x.reference(i, r)
+            error = float((out[r, : x.heads].double() - want).norm() / want.norm())
+            worst = max(worst, error)
+            wrong += not error <= ATTENTION_ERROR
+        return wrong, f"error {worst:.0e}"
+
+    return check
+
+
 # --- Candidates.
 
 
@@ -324,19 +417,91 @@ def public_topk(have, rows):
     return found
 
 
+def public_attention(have, x, queries):
+    """Public sparse attention by name: functions of a set's number. `queries` of a request, 0 for prefill."""
+    found = {}
+    heads = 64 if x.heads <= 64 else 128
+    if "FlashMLA" in have and heads in (64, 128):
+        mla = have["FlashMLA"]
+        name = "FlashMLA" if heads == x.heads else f"FlashMLA, padded to {heads}"
+        q = torch.zeros(x.rows, heads, D_QK, dtype=torch.bfloat16, device="cuda")  # Padding costs it nothing here.
+        q[:, : x.heads] = x.q
+        if queries == 0 and not x.fp8:
+            found[name] = lambda i: mla.flash_mla_sparse_fwd(
+                q, x.kv.unsqueeze(1), x.slots[i].unsqueeze(1), SCALE, use_legacy=True
+            )[0]
+        if queries and x.fp8:
+            schedule, _ = mla.get_mla_metadata()  # The first call fills it: once a step, for all layers.
+            pages = x.kv.view(-1, 64, 1, 656)
+            found[name] = lambda i: mla.flash_mla_with_kvcache(
+                q.view(-1, queries, heads, D_QK),
+                pages,
+                None,
+                None,
+                D_V,
+                schedule,
+                softmax_scale=SCALE,
+                is_fp8_kvcache=True,
+                indices=x.slots[i].view(-1, queries, K),
+                use_legacy=True,
+            )[0].view(x.rows, heads, D_V)
+    if "FlashInfer MLA" in have and not x.fp8:
+        module = sys.modules["flashinfer.mla"]
+        workspace = torch.empty(128 << 20, dtype=torch.uint8, device="cuda")
+        ends = torch.arange(x.rows + 1, dtype=torch.int32, device="cuda")
+        q_nope, q_pe = (part.contiguous() for part in x.q.split((D_V, D_QK - D_V), -1))
+        latent, rope = (part.unsqueeze(1) for part in x.kv.split((D_V, D_QK - D_V), -1))
+
+        def flashinfer(slots):
+            """Pages of one token; the schedule of the host's is not timed."""
+            wrapper = module.BatchMLAPagedAttentionWrapper(workspace, backend="fa3")
+            wrapper.plan(
+                qo_indptr=ends,
+                kv_indptr=ends * K,
+                kv_indices=slots.flatten(),
+                kv_len_arr=int32(x.rows, K),
+                num_heads=x.heads,
+                head_dim_ckv=D_V,
+                head_dim_kpe=D_QK - D_V,
+                page_size=1,
+                causal=False,
+                sm_scale=SCALE,
+                q_data_type=torch.bfloat16,
+                kv_data_type=torch.bfloat16,
+            )
+            return lambda: wrapper.run(q_nope=q_nope, q_pe=q_pe, ckv_cache=latent, kpe_cache=rope)
+
+        runs = [flashinfer(slots) for slots in x.slots]
+        found["FlashInfer fa3, pages of 1"] = lambda i: runs[i]()
+
+    def eager(i):
+        out = torch.empty(x.rows, x.heads, D_V, dtype=torch.bfloat16, device="cuda")
+        for at in range(0, x.rows, 128):
+            kv = dequantised(x.kv[x.slots[i][at : at + 128].long()]).bfloat16()
+            p = (x.q[at : at + 128] @ kv.mT).float().mul_(SCALE).softmax(-1)
+            out[at : at + 128] = p.bfloat16() @ kv[..., :D_V]
+        return out
+
+    found["torch gather and matmul"] = eager
+    return found
+
+
 class Ours:
     """The library through its C functions, on torch's stream and over torch's memory."""
 
-    def __init__(self):
-        self.context = ix.Context(ix.ContextDesc(backend=ix.BACKEND_CUDA))
+    @staticmethod
+    @functools.cache
+    def context():
+        return ix.Context(ix.ContextDesc(backend=ix.BACKEND_CUDA))
 
-    def stream(self):
+    @staticmethod
+    def stream():
         return torch.cuda.current_stream().cuda_stream
 
     def select(self, inputs, rows):
         out = torch.empty(1, rows, K, dtype=torch.int32, device="cuda")
         plan = ix.Plan.from_pattern(ix.ModelDesc(layers=1, topk=K), "F")
-        cache = ix.Cache(self.context, plan, ix.CacheDesc(max_rows=rows, buffer=out))
+        cache = ix.Cache(self.context(), plan, ix.CacheDesc(max_rows=rows, buffer=out))
         cache.step_begin(lane=0, rows=rows, step_id=1)
         workspace = torch.empty(max(cache.select_workspace(inputs.desc(0)), 1), dtype=torch.uint8, device="cuda")
 
@@ -351,7 +516,7 @@ class Ours:
         write = ix.paged_indexer_logits if isinstance(inputs, Paged) else ix.indexer_logits
 
         def call(i):
-            write(self.context, inputs.desc(i), out, self.stream())
+            write(self.context(), inputs.desc(i), out, self.stream())
             return out
 
         return call
@@ -359,11 +524,24 @@ class Ours:
     def topk(self, sets, end):
         out = torch.empty(len(end), K, dtype=torch.int32, device="cuda")
         descs = [ix.TopkDesc(logits=x, indices=out, row_end=end) for x in sets]
-        size = max(max(ix.topk_workspace(self.context, d) for d in descs), 1)
+        size = max(max(ix.topk_workspace(self.context(), d) for d in descs), 1)
         workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
 
         def call(i):
-            ix.topk(self.context, descs[i], workspace, self.stream())
+            ix.topk(self.context(), descs[i], workspace, self.stream())
+            return out
+
+        return call
+
+    def attention(self, x):
+        out = torch.empty(x.rows, x.heads, D_V, dtype=torch.bfloat16, device="cuda")
+        kv = x.kv.view(-1, 64, x.kv.shape[-1])
+        desc = ix.AttentionDesc(q=x.q, kv=kv, out=out, softmax_scale=SCALE)
+        size = max(ix.sparse_attention_workspace(self.context(), desc, x.slots[0], ix.FORM_SLOTS), 1)
+        workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
+
+        def call(i):
+            ix.sparse_attention(self.context(), desc, x.slots[i], ix.FORM_SLOTS, workspace, self.stream())
             return out
 
         return call
@@ -447,12 +625,53 @@ def hard(have, ours, results, shapes=((1, 131072), (64, 131072), (1024, 32768)))
             topk_case(have, ours, results, "hard", kind, rows, columns)
 
 
+def attend_case(have, ours, results, section, name, x, queries):
+    work = {"bytes": x.bytes} if queries else {"flop": x.flop}
+    case = Case(section, name, len(x.slots), **work)
+    for peer, call in public_attention(have, x, queries).items():
+        case.add(peer, call, close_attention(x))
+    case.add("indexcache", ours.attention(x), close_attention(x))
+    run(case, results)
+
+
+def attend(have, ours, results, rows=4096, all_tokens=(32768, 131072), few=(8, 16, 20, 32)):
+    """Prefill over bf16 rows; few heads on ascending indices, which is what select gives."""
+    for tokens in all_tokens:
+        for order in ("random", "ascending", "90 % shared"):
+            slots = [distinct(rows, tokens, order)]
+            for heads in (64, 128) + (few if order == "ascending" else ()):
+                x = Attend(rows, heads, tokens, False, slots)
+                attend_case(have, ours, results, "attend", f"{rows} x {heads} heads, KV {tokens}, {order}", x, 0)
+
+
+def attend_decode(have, ours, results, all_requests=(1, 16, 64), context=32768, few=(8, 16, 20, 32)):
+    """Each request has 32768 tokens, in pages of 64 anywhere in a store much larger than L2, and so has each set."""
+    for fp8 in (True, False):
+        width = 656 if fp8 else 2 * D_QK
+        for requests in all_requests:
+            for queries in (1, 2) if fp8 else (1,):
+                rows = requests * queries
+                sets = min(max(-(-2 * L2 // (rows * K * width)), 1), 64)
+                tokens = 64 * context
+                first = torch.arange(rows, device="cuda").unsqueeze(1) // queries * (context // 64)
+                slots = []
+                for _ in range(sets):
+                    table = torch.randperm(tokens // 64, device="cuda").to(torch.int32)
+                    logical = distinct(rows, context, "ascending").long()
+                    slots.append(table[first + logical // 64] * 64 + (logical % 64).to(torch.int32))
+                for heads in (64, 128) + (few if queries == 1 else ()):
+                    x = Attend(rows, heads, tokens, fp8, slots)
+                    kind = "fp8" if fp8 else "bf16"
+                    name = f"{kind} {requests} x {queries} queries x {heads} heads"
+                    attend_case(have, ours, results, "attend decode", name, x, queries)
+
+
 def rate(row):
     return f"{row['tflops']:.0f} TFLOP/s" if "tflops" in row else f"{row['gbs']:.0f} GB/s" if "gbs" in row else ""
 
 
 def state(row):
-    wrong, exact = f"{row['wrong']} ROWS WRONG", "" if row["section"] == "logits" else "exact"
+    wrong, exact = f"{row['wrong']} ROWS WRONG", "" if row["note"].startswith("error") else "exact"
     parts = [wrong if row["wrong"] else exact, "varies" if row.get("varies") else "", row["note"]]
     return ", ".join(part for part in parts if part)
 
@@ -478,7 +697,14 @@ def markdown(results, head):
     return text
 
 
-SECTIONS = {"prefill": prefill, "decode": decode, "topk": topk, "hard": hard}
+SECTIONS = {
+    "prefill": prefill,
+    "decode": decode,
+    "topk": topk,
+    "hard": hard,
+    "attend": attend,
+    "attend-decode": attend_decode,
+}
 
 
 def main():

@@ -44,9 +44,9 @@ impl Device {
         self.gpu.as_ref().map_or(Ok(Ceilings::default()), |gpu| Ok(gpu.ceilings()?))
     }
 
-    /// How many inputs of so many bytes have to take turns.
-    pub fn sets(&self, bytes: usize) -> usize {
-        PAST_CACHES.div_ceil(bytes.max(1)).clamp(1, 16)
+    /// How many inputs of so many bytes have to take turns; at most `most`.
+    pub fn sets(&self, bytes: usize, most: usize) -> usize {
+        PAST_CACHES.div_ceil(bytes.max(1)).clamp(1, most)
     }
 
     /// Median seconds of `call`, which takes the number of an input set and is made for each in turn.

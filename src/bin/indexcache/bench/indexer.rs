@@ -1,7 +1,7 @@
 //! `indexcache bench indexer`: the shapes of a DeepSeek-V3.2 or GLM-5 indexer, 64 or 32 heads of 128, top-k 2048.
 
 use super::device::{Device, Memory};
-use super::{Report, Work};
+use super::{Report, Work, normals};
 use crate::Failure;
 use indexcache::fp8;
 use indexcache::ops::*;
@@ -152,18 +152,6 @@ fn codes(x: &[f32]) -> Vec<F8E4M3> {
     x.iter().map(|&x| F8E4M3(fp8::encode(x))).collect()
 }
 
-/// Numbers that are about normally distributed. The period is odd, so that copies do not line up with rows.
-fn normals(seed: u64) -> Vec<f32> {
-    let mut state = seed;
-    let mut uniform = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
-    };
-    (0..(1 << 20) + 7).map(|_| (0..4).map(|_| uniform()).sum::<f32>() * 1.7).collect()
-}
-
 pub fn measure(device: &Device, report: &mut Report) -> Result<(), Failure> {
     let shapes = if device.is_gpu() { CUDA } else { CPU };
     for heads in [32, 64] {
@@ -263,7 +251,7 @@ fn decode(
         })
     };
     let sets: Result<Vec<_>, Failure> =
-        (0..device.sets(pages * page_bytes)).map(|_| set()).collect();
+        (0..device.sets(pages * page_bytes, 16)).map(|_| set()).collect();
     let sets = sets?;
     let shape = format!("{requests} x {context}, {heads} heads{}", scores.name());
     let indices = memory.tensor::<i32>("indices", &[requests, TOPK], &[])?;
@@ -323,7 +311,7 @@ fn topk(
         let logits = memory.tensor("logits", &[rows, columns], &scores.row(columns, seed))?;
         Ok(TopKArgs { logits, row_start: None, row_end: None, indices }.check()?)
     };
-    let ops: Result<Vec<_>, Failure> = (1..=device.sets(bytes) as u64).map(op).collect();
+    let ops: Result<Vec<_>, Failure> = (1..=device.sets(bytes, 16) as u64).map(op).collect();
     let ops = ops?;
     let seconds = device.time(ops.len(), |set, stream| device.context.topk(&ops[set], stream))?;
     let shape = format!("{rows} x {columns}{}", scores.name());
