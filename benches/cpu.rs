@@ -288,6 +288,7 @@ fn main() {
                 softmax_scale: (d_qk as f32).sqrt().recip(),
                 out: m("out", &mut out, &[rows, heads, d_v]),
                 lse: None,
+                probs: None,
             };
             let op = op.check().unwrap();
             let mut workspace = vec![0u8; op.workspace(threads)];

@@ -234,6 +234,14 @@ struct Attention {
 };
 static_assert(sizeof(Attention) == 256, "params.rs");
 
+// Probabilities [rows, topk] of an attention whose `lse` is written.
+struct AttentionProbs {
+    Attention a;
+    float* probs;
+    int64_t probs_row;
+};
+static_assert(sizeof(AttentionProbs) == 272, "params.rs");
+
 // `attention_sm90`: a row's indices are cut into `splits` parts of `split_tiles` tiles of 64. With several parts, each
 // leaves its output f32 [rows, splits, heads, d_v] and log-sum-exp [rows, splits, heads] to `attention_combine`.
 struct AttentionSm90 {

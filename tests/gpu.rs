@@ -1127,6 +1127,7 @@ fn garbage_in_index_arrays_reaches_no_address() {
                 softmax_scale: 0.1,
                 out: g.up(&m("out", &mut out, &[rows, heads, d_v])),
                 lse: None,
+                probs: None,
             };
             let checked = op.check().unwrap();
             g.attend(&checked);
@@ -1178,6 +1179,7 @@ fn attention_agrees() {
             for logical in [false, true] {
                 let mut out = vec![9f32; rows * heads * d_v];
                 let mut lse = vec![9f32; rows * heads];
+                let mut probs = vec![9f32; rows * topk];
                 let args = SparseAttentionArgs {
                     q: if logical {
                         t("q", &q16, &[rows, heads, d_qk])
@@ -1201,6 +1203,7 @@ fn attention_agrees() {
                     softmax_scale: 1.0 / (d_qk as f32).sqrt(),
                     out: m("out", &mut out, &[rows, heads, d_v]),
                     lse: Some(m("lse", &mut lse, &[rows, heads])),
+                    probs: Some(m("probs", &mut probs, &[rows, topk])),
                 };
                 let op = args.check().unwrap();
                 let mut ws = vec![0u8; g.cpu.sparse_attention_workspace(&op)];
@@ -1214,6 +1217,7 @@ fn attention_agrees() {
                     sink: g.up_maybe(&args.sink),
                     out: g.up(&args.out),
                     lse: g.up_maybe(&args.lse),
+                    probs: g.up_maybe(&args.probs),
                     ..args
                 };
                 let op = dev.check().unwrap();
@@ -1225,6 +1229,7 @@ fn attention_agrees() {
                     "{heads}x{d_qk} format {format}: not the same bits twice"
                 );
                 let (got, got_lse) = (floats(&bits), floats(&g.down(&dev.lse.unwrap())));
+                let got_probs = floats(&g.down(&dev.probs.unwrap()));
                 // Tensor cores take probabilities, and widened fp8 rows, as bf16.
                 let (most, most_lse) = match format {
                     1 if logical && d_qk == 576 => (3e-3, 2e-5),
@@ -1241,6 +1246,10 @@ fn attention_agrees() {
                 );
                 for (a, b) in got_lse.iter().zip(&lse) {
                     assert!(a == b || (a - b).abs() < most_lse, "lse {a} for {b}");
+                }
+                for (i, (a, b)) in got_probs.iter().zip(&probs).enumerate() {
+                    let close = (a - b).abs() < most_lse * b + 1e-7 && (*a == 0.0) == (*b == 0.0);
+                    assert!(close, "{heads}x{d_qk} format {format} probability {i}: {a} for {b}");
                 }
             }
         }
@@ -1273,6 +1282,7 @@ fn fp8_rows<'a>(
         softmax_scale: 0.05,
         out: m("out", out, &[rows, heads, 512]),
         lse: Some(m("lse", lse, &[rows, heads])),
+        probs: None,
     }
 }
 
@@ -1308,6 +1318,7 @@ fn captured_attention_serves_other_lengths_and_tables() {
             row_topk: g.up_maybe(&args.row_topk),
             out: g.up(&args.out),
             lse: g.up_maybe(&args.lse),
+            probs: None,
             form: args.form,
             sink: None,
             softmax_scale: args.softmax_scale,

@@ -279,6 +279,7 @@ fn indices_to_attend_to() {
             softmax_scale: 1.0,
             out: m("out", &mut out, &[2, 1, 4]),
             lse: None,
+            probs: None,
         };
         let op = op.check().unwrap();
         let mut workspace = vec![0; op.workspace(2)];
@@ -319,6 +320,7 @@ fn indices_to_attend_to() {
         softmax_scale: 1.0,
         out: m("out", &mut out, &[2, 1, 4]),
         lse: None,
+        probs: None,
     };
     ok.check().unwrap();
     let none: [f32; 0] = [];
@@ -339,6 +341,14 @@ fn indices_to_attend_to() {
         (
             SparseAttentionArgs { lse: Some(t("lse", &q, &[2, 1, 4])), ..ok },
             "lse: expected shape [2, 1], got [2, 1, 4]",
+        ),
+        (
+            SparseAttentionArgs { probs: Some(t("probs", &q, &[2, 4])), ..ok },
+            "probs: expected shape [2, 1], got [2, 4]",
+        ),
+        (
+            SparseAttentionArgs { probs: Some(t("probs", &q[..2], &[2, 1])), ..ok },
+            "lse: expected a tensor beside probs, got NULL",
         ),
     ] {
         refused(args.check(), want);
@@ -379,6 +389,7 @@ fn empty_calls_do_nothing() {
         softmax_scale: 1.0,
         out: m("out", &mut out, &[0, 2, 4]),
         lse: None,
+        probs: None,
     };
     let op = op.check().unwrap();
     cpu.sparse_attention(&op, &mut vec![0; op.workspace(2)]).unwrap();
@@ -433,6 +444,7 @@ proptest! {
                 softmax_scale: 1.0,
                 out: m("out", &mut values, &[rows, heads, 1]),
                 lse: None,
+                probs: None,
             };
             (select, attention.check().unwrap().workspace(threads))
         };

@@ -705,14 +705,15 @@ impl Att {
         }
     }
 
-    /// `form` 0: contiguous and logical, 1: paged and logical, 2: slots. Returns output and LSE.
-    fn run(&self, cpu: Option<&Cpu>, form: usize, extras: bool) -> (Vec<f32>, Vec<f32>) {
+    /// `form` 0: contiguous and logical, 1: paged and logical, 2: slots. Returns output, LSE and probabilities.
+    fn run(&self, cpu: Option<&Cpu>, form: usize, extras: bool) -> [Vec<f32>; 3] {
         let (rows, heads, tokens) = (self.rows, self.heads, self.pages * self.page);
         let width = if matches!(self.store, Store::Fp8) { KV_FP8_BYTES } else { self.d_qk };
         let shape: &[usize] =
             if form == 0 { &[tokens, 1, width] } else { &[self.pages, self.page, 1, width] };
         let mut out = vec![9.0f32; rows * heads * self.d_v];
         let mut lse = vec![9.0f32; rows * heads];
+        let mut probs = vec![9.0f32; rows * self.topk];
         let op = SparseAttentionArgs {
             q: match self.store {
                 Store::F32 => t("q", &self.q, &[rows, heads, self.d_qk]),
@@ -734,6 +735,7 @@ impl Att {
             softmax_scale: 1.0 / (self.d_qk as f32).sqrt(),
             out: m("out", &mut out, &[rows, heads, self.d_v]),
             lse: Some(m("lse", &mut lse, &[rows, heads])),
+            probs: Some(m("probs", &mut probs, &[rows, self.topk])),
         };
         let op = op.check().unwrap();
         match cpu {
@@ -745,7 +747,22 @@ impl Att {
             }
             None => reference::sparse_attention(&op),
         }
-        (out, lse)
+        [out, lse, probs]
+    }
+
+    /// Probabilities are 0 where no index counts, and add up to 1 elsewhere.
+    fn assert_normalised(&self, probs: &[f32], extras: bool) {
+        for (r, row) in probs.chunks(self.topk).enumerate() {
+            let indices = &self.indices[r * self.topk..][..self.topk];
+            let taken = if extras { self.row_topk[r] as usize } else { self.topk };
+            let mut live = 0;
+            for (c, (p, i)) in row.iter().zip(indices).enumerate() {
+                live += usize::from(*i >= 0 && c < taken);
+                assert!(*p >= 0.0 && (*p == 0.0 || *i >= 0 && c < taken), "row {r} column {c}");
+            }
+            let sum: f32 = row.iter().sum();
+            assert!((sum - if live > 0 { 1.0 } else { 0.0 }).abs() < 1e-5, "row {r}: {sum}");
+        }
     }
 }
 
@@ -769,13 +786,14 @@ fn attention_matches_the_reference_and_has_the_same_bits_everywhere() {
             for threads in 1..=3 {
                 for cpu in cpus(threads) {
                     let got = a.run(Some(&cpu), form, extras);
-                    for (g, w) in got.0.iter().zip(&want.0).chain(got.1.iter().zip(&want.1)) {
+                    for (g, w) in got.iter().flatten().zip(want.iter().flatten()) {
                         assert!(
                             g == w || (g - w).abs() < 3e-5,
                             "{store:?} {rows}x{heads} {d:?} form {form} {cpu:?}: {g} for {w}"
                         );
                     }
-                    let got = (bits(&got.0), bits(&got.1));
+                    a.assert_normalised(&got[2], extras);
+                    let got = got.map(|x| bits(&x));
                     assert!(
                         *first.get_or_insert_with(|| got.clone()) == got,
                         "{store:?} {d:?} {cpu:?}"
@@ -784,8 +802,8 @@ fn attention_matches_the_reference_and_has_the_same_bits_everywhere() {
             }
             if rows > 2 {
                 let empty = 2 * heads * a.d_v;
-                assert!(want.0[empty..empty + heads * a.d_v].iter().all(|&x| x == 0.0));
-                assert!(want.1[2 * heads..3 * heads].iter().all(|&x| x == f32::NEG_INFINITY));
+                assert!(want[0][empty..empty + heads * a.d_v].iter().all(|&x| x == 0.0));
+                assert!(want[1][2 * heads..3 * heads].iter().all(|&x| x == f32::NEG_INFINITY));
             }
         }
     }
@@ -800,7 +818,7 @@ fn attention_survives_extreme_logits_and_sinks() {
     let want = a.run(None, 1, true);
     for cpu in cpus(1) {
         let got = a.run(Some(&cpu), 1, true);
-        for (g, w) in got.0.iter().zip(&want.0).chain(got.1.iter().zip(&want.1)) {
+        for (g, w) in got.iter().flatten().zip(want.iter().flatten()) {
             assert!((g - w).abs() <= 1e-3 * w.abs().max(1.0), "{g} for {w}");
         }
     }

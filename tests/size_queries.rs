@@ -73,7 +73,7 @@ fn shapes_are_enough() {
         row_end: &end.tensor,
     };
     let mut attention = idxc_attention_desc {
-        struct_size: 96,
+        struct_size: 104,
         flags: 0,
         q: &aq.tensor,
         kv: &kv.tensor,
@@ -87,6 +87,7 @@ fn shapes_are_enough() {
         table_id: 0,
         softmax_scale: 1.0,
         reserved: 0,
+        probs: null(),
     };
     let topk = idxc_topk_desc {
         struct_size: 40,

@@ -781,6 +781,12 @@ typedef struct idxc_attention_desc {
    * 0.
    */
   uint32_t reserved;
+  /**
+   * float32 `[rows, topk]`, written: how much the row attends to each of its indices, summed over the heads and
+   * divided by the sum, the sink not counted: a `target` for `idxc_distill`. 0 for an index that does not count. Needs
+   * `lse`. NULL: not wanted.
+   */
+  const struct idxc_tensor *probs;
 } idxc_attention_desc;
 
 /**
@@ -2044,7 +2050,7 @@ const struct idxc_api *idxc_get_api(uint32_t version);
 #define IDXC_LANE_INFO_INIT { sizeof(idxc_lane_info), 0, 0, 0, 0, 0, 0, 0 }
 
 /** Initialiser of `idxc_attention_desc`: all defaults. */
-#define IDXC_ATTENTION_DESC_INIT { sizeof(idxc_attention_desc), 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, 0, 0 }
+#define IDXC_ATTENTION_DESC_INIT { sizeof(idxc_attention_desc), 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, 0, 0, NULL }
 
 /** Initialiser of `idxc_index_k_write_desc`: all defaults. */
 #define IDXC_INDEX_K_WRITE_DESC_INIT { sizeof(idxc_index_k_write_desc), 0, NULL, NULL, NULL }

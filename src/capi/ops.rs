@@ -251,6 +251,7 @@ pub(super) unsafe fn attention_args<'a>(
             softmax_scale: d.softmax_scale,
             out: tensor(d.out, "out", access)?,
             lse: optional_tensor(d.lse, "lse", access)?,
+            probs: optional_tensor(d.probs, "probs", access)?,
         })
     }
 }

@@ -328,13 +328,17 @@ pub struct idxc_attention_desc {
     pub softmax_scale: f32,
     /// 0.
     pub reserved: u32,
+    /// float32 `[rows, topk]`, written: how much the row attends to each of its indices, summed over the heads and
+    /// divided by the sum, the sink not counted: a `target` for `idxc_distill`. 0 for an index that does not count. Needs
+    /// `lse`. NULL: not wanted.
+    pub probs: *const idxc_tensor,
 }
 
 // SAFETY: repr(C), pointers and integers in 8-byte cells; NULL and 0 are the defaults.
 unsafe impl Descriptor for idxc_indexer_desc {
     const NAME: &'static str = "idxc_indexer_desc";
 }
-// SAFETY: as above; `softmax_scale` and `reserved` share the last cell.
+// SAFETY: as above; `softmax_scale` and `reserved` share a cell.
 unsafe impl Descriptor for idxc_attention_desc {
     const NAME: &'static str = "idxc_attention_desc";
 }

@@ -32,6 +32,9 @@ pub struct SparseAttentionArgs<'a> {
     pub out: Tensor<'a>,
     /// f32 `[rows, heads]`, written: natural-log sum of exponentials without the sink; -inf for an empty row.
     pub lse: Option<Tensor<'a>>,
+    /// f32 `[rows, topk]`, written: what the row attends to, without the sink, summed over its heads and divided by
+    /// its sum; 0 for an index that does not count. Needs `lse`.
+    pub probs: Option<Tensor<'a>>,
 }
 
 /// KV rows, always with a page axis; a contiguous store is one page.
@@ -66,6 +69,8 @@ pub struct SparseAttention<'a> {
     pub out: FloatsMut<'a, 3>,
     /// `[rows, heads]`.
     pub lse: Option<ViewMut<'a, f32, 2>>,
+    /// `[rows, topk]`; only with `lse`.
+    pub probs: Option<ViewMut<'a, f32, 2>>,
     /// Query rows.
     pub rows: usize,
     /// Attention heads.
@@ -110,6 +115,12 @@ impl<'a> SparseAttentionArgs<'a> {
         if let Some(lse) = self.lse {
             lse.require_shape(&[Some(rows), Some(heads)])?;
         }
+        if let Some(probs) = self.probs {
+            probs.require_shape(&[Some(rows), Some(indices.shape()[1])])?;
+            if self.lse.is_none() {
+                return Err(Error::invalid("lse", "a tensor beside probs", "NULL"));
+            }
+        }
         let [pages, page] = page_shape;
         let map = match self.form {
             IndexForm::Logical => {
@@ -130,11 +141,15 @@ impl<'a> SparseAttentionArgs<'a> {
         let inputs =
             [Some(&self.q), Some(&self.kv), Some(&self.indices), row_topk, sink, a, b, c, d];
         let device = one_device(&inputs)?;
-        for out in [Some(&self.out), self.lse.as_ref()].into_iter().flatten() {
+        let (lse, probs) = (self.lse.as_ref(), self.probs.as_ref());
+        for out in [Some(&self.out), lse, probs].into_iter().flatten() {
             out.require_device(device)?;
             separate(out, &inputs)?;
         }
-        separate(&self.out, &[self.lse.as_ref()])?;
+        separate(&self.out, &[lse, probs])?;
+        if let Some(probs) = probs {
+            separate(probs, &[lse])?;
+        }
         Ok(SparseAttention {
             q,
             kv,
@@ -146,6 +161,7 @@ impl<'a> SparseAttentionArgs<'a> {
             softmax_scale: self.softmax_scale,
             out: FloatsMut::of(&self.out)?,
             lse: self.lse.map(|t| t.view_mut()).transpose()?,
+            probs: self.probs.map(|t| t.view_mut()).transpose()?,
             rows,
             heads,
             d_qk,

@@ -70,6 +70,7 @@ mod ffi {
         sink: Tensor,
         out: Tensor,
         lse: Tensor,
+        probs: Tensor,
         table_id: u64,
         softmax_scale: f32,
     }
@@ -365,6 +366,7 @@ impl Cache {
                 softmax_scale: a.softmax_scale,
                 out: a.out.need("out")?,
                 lse: a.lse.get("lse")?,
+                probs: a.probs.get("probs")?,
             }
         };
         let op = args.check()?;

@@ -51,6 +51,29 @@ def keys_of(x, r, restricted):
     return positions, positions + x["row_start"][r]
 
 
+def test_probabilities_of_attention_are_a_target(context, rng):
+    x = ragged(rng)
+    rows = len(x["q"])
+    out, lse = np.zeros((rows, ATTENTION_HEADS, 8), np.float32), np.zeros((rows, ATTENTION_HEADS), np.float32)
+    probs = np.zeros((rows, TOPK), np.float32)
+    attention = ix.AttentionDesc(
+        q=x["attention_q"], kv=x["kv"], row_start=x["row_start"], softmax_scale=SCALE, out=out, lse=lse, probs=probs
+    )
+    ix.sparse_attention(context, attention, x["indices"])
+    names = ("q", "k", "weights", "row_start", "row_end", "indices")
+    got = []
+    for teacher in (
+        dict(target=probs),
+        dict(attention_q=x["attention_q"], kv=x["kv"], lse=lse, softmax_scale=SCALE),
+    ):
+        grads, loss = zeros_like(x), np.zeros(1, np.float32)
+        ix.distill(context, ix.DistillDesc(**{n: x[n] for n in names}, **teacher, loss=loss, **grads))
+        got.append([loss, *grads.values()])
+    assert got[0][0] > 0.01
+    for a, b in zip(*got):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
 def zeros_like(x):
     return {"grad_" + n: np.zeros_like(x[n]) for n in ("q", "k", "weights")}
 

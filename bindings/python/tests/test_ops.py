@@ -337,6 +337,24 @@ def test_attention_f32(context, rng, sink, row_topk):
     assert (got[0][1] == 0).all() and np.isneginf(got[1][1]).all()
 
 
+@pytest.mark.parametrize("sink", [False, True])
+def test_attention_probabilities(context, rng, sink):
+    q, kv, indices = attention_inputs(rng)
+    row_topk = i32(40, 40, 0, 1, 20, 39, 40)
+    sink = rng.standard_normal(5).astype(np.float32) if sink else None
+    probs = np.full(indices.shape, np.nan, np.float32)
+    run_attention(context, q, kv, indices, 32, probs=probs, row_topk=row_topk, sink=sink)
+    live = (indices >= 0) & (np.arange(40) < row_topk[:, None])
+    scores = 0.2 * np.einsum("rhd,rkd->rhk", q.astype(np.float64), kv[indices].astype(np.float64))
+    weights = np.where(live[:, None], np.exp(scores), 0)
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    np.testing.assert_allclose(probs, weights.mean(1), rtol=1e-5, atol=1e-9)
+    assert (probs[~live] == 0).all() and live.any(1).sum() == 5
+    with pytest.raises(ix.Error, match="lse: expected a tensor beside probs"):
+        out = np.zeros((7, 5, 32), np.float32)
+        ix.sparse_attention(context, ix.AttentionDesc(q=q, kv=kv, out=out, probs=probs, softmax_scale=0.2), indices)
+
+
 def test_attention_row_start(context, rng):
     q, kv, indices = attention_inputs(rng)
     start = rng.integers(0, 100, 7).astype(I32)

@@ -4,7 +4,8 @@
 //! Idea: a task is a row and a group of its heads. Selected KV rows are gathered and widened to f32, 32 at a time,
 //! into a tile that all heads of the group use for scores and for values; the softmax is online, in the fixed order
 //! of the indices. 4 heads x 4 keys (or x 64 value dimensions) of sums stay in registers. A head's arithmetic does
-//! not depend on its group, so the cut follows the threads without changing bits.
+//! not depend on its group, so the cut follows the threads without changing bits. Probabilities summed over heads, where
+//! they are asked for, take the scores once more: a task is a row, and its heads add up in their order.
 //! Roofline: `2 * heads * (d_qk + d_v)` flop a token against the f32 FMA rate; the gather is `1 / heads` of that.
 use super::Cpu;
 use super::quant::put;
@@ -87,7 +88,123 @@ pub(super) fn sparse_attention(
         // SAFETY: `lay` sized the scratch for this operation, and this task alone has these heads of this row.
         unsafe { cpu.isa.run(Attend { op, row, heads, w }) };
     });
+    if let (Some(probs), Some(lse)) = (op.probs, op.lse) {
+        cpu.run_with(op.rows, memory, worker, |row, scratch| {
+            let w = lay(&mut Bump::over(scratch), op, cut);
+            // SAFETY: `lay` sized the scratch; the LSE is written, and this task alone has this row of both.
+            unsafe {
+                let (probs, lse) = (probs.row(&[row]), lse.row(&[row]));
+                cpu.isa.run(Weigh { op, row, group: cut.group, lse, probs, w });
+            }
+        });
+    }
     Ok(())
+}
+
+/// Queries as f32, zero-padded.
+#[inline(always)]
+fn widen_queries(op: &SparseAttention<'_>, row: usize, heads: Range<usize>, w: &mut Worker<'_>) {
+    for (q, h) in w.q.chunks_mut(w.stride).zip(heads) {
+        match op.q {
+            Floats::F32(v) => q[..op.d_qk].copy_from_slice(v.row(&[row, h])),
+            Floats::Bf16(v) => {
+                q.iter_mut().zip(v.row(&[row, h])).for_each(|(o, x)| *o = x.to_f32());
+            }
+        }
+        q[op.d_qk..].fill(0.0);
+    }
+}
+
+/// The indices of a row that may count, with their columns.
+fn candidates<'a>(
+    op: &SparseAttention<'a>,
+    row: usize,
+) -> impl Iterator<Item = (usize, &'a i32)> + use<'a> {
+    let taken = op.row_topk.map_or(op.topk, |v| v.row(&[])[row] as usize);
+    op.indices.row(&[row])[..taken].iter().enumerate()
+}
+
+/// Gathers the next KV rows, up to `KEYS` of them, and notes the columns of their indices. Returns how many.
+#[inline(always)]
+unsafe fn gather_tile<'a, S: Simd>(
+    op: &SparseAttention<'_>,
+    row: usize,
+    indices: &mut impl Iterator<Item = (usize, &'a i32)>,
+    w: &mut Worker<'_>,
+    columns: &mut [usize; KEYS],
+) -> usize {
+    let mut n = 0;
+    for (column, &index) in indices {
+        let Ok(position) = usize::try_from(index) else { continue };
+        let slot = match &op.map {
+            Some(map) => map.slot(row, position).map(|s| s as usize),
+            None => Some(position),
+        };
+        let Some(slot) = slot else { continue };
+        // SAFETY: the tile has `KEYS` rows.
+        unsafe { gather::<S>(op, slot, &mut w.tile[n * w.stride..][..w.stride]) };
+        columns[n] = column;
+        n += 1;
+        if n == KEYS {
+            break;
+        }
+    }
+    n
+}
+
+struct Weigh<'a> {
+    op: &'a SparseAttention<'a>,
+    row: usize,
+    group: usize,
+    lse: &'a [f32],
+    probs: &'a mut [f32],
+    w: Worker<'a>,
+}
+
+impl Kernel for Weigh<'_> {
+    type Out = ();
+    /// # Safety
+    /// Scratch as [`lay`] makes it.
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Weigh { op, row, group, lse, probs, mut w } = self;
+        probs.fill(0.0);
+        let mut columns = [0; KEYS];
+        for first in (0..op.heads).step_by(group) {
+            let heads = first..(first + group).min(op.heads);
+            widen_queries(op, row, heads.clone(), &mut w);
+            let mut indices = candidates(op, row);
+            loop {
+                // SAFETY: scratch as `lay` made it; scores past `n` are not looked at.
+                let n = unsafe { gather_tile::<S>(op, row, &mut indices, &mut w, &mut columns) };
+                if n == 0 {
+                    break;
+                }
+                let stride = w.stride;
+                // SAFETY: sizes as `lay` made them.
+                unsafe {
+                    Scores { q: w.q, tile: w.tile, p: w.p, stride }.run::<S>(
+                        heads.len(),
+                        n,
+                        op.d_qk,
+                    );
+                }
+                for (p, &lse) in w.p.chunks(KEYS).zip(&lse[heads.clone()]) {
+                    if lse == f32::NEG_INFINITY {
+                        continue; // All its scores are -inf.
+                    }
+                    for (&p, &column) in p[..n].iter().zip(&columns) {
+                        // SAFETY: plain arithmetic.
+                        probs[column] += unsafe { exp::<S>(p * op.softmax_scale - lse) };
+                    }
+                }
+            }
+        }
+        let sum: f64 = probs.iter().map(|&p| f64::from(p)).sum();
+        for p in probs.iter_mut().filter(|p| **p != 0.0) {
+            *p = (f64::from(*p) / sum) as f32;
+        }
+    }
 }
 
 struct Attend<'a> {
@@ -103,40 +220,17 @@ impl Kernel for Attend<'_> {
     /// Scratch as [`lay`] makes it; no other reference to these heads' outputs.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Attend { op, row, heads, w } = self;
+        let Attend { op, row, heads, mut w } = self;
         let (count, stride) = (heads.len(), w.stride);
-        for (i, h) in heads.clone().enumerate() {
-            let q = &mut w.q[i * stride..][..stride];
-            match op.q {
-                Floats::F32(v) => q[..op.d_qk].copy_from_slice(v.row(&[row, h])),
-                Floats::Bf16(v) => {
-                    q.iter_mut().zip(v.row(&[row, h])).for_each(|(o, x)| *o = x.to_f32());
-                }
-            }
-            q[op.d_qk..].fill(0.0);
-        }
+        widen_queries(op, row, heads.clone(), &mut w);
         w.out[..count * stride].fill(0.0);
         let (mut max, mut sum) = ([f32::NEG_INFINITY; GROUP], [0.0f32; GROUP]);
         let mut fade = [1.0f32; GROUP];
 
-        let taken = op.row_topk.map_or(op.topk, |v| v.row(&[])[row] as usize);
-        let mut indices = op.indices.row(&[row])[..taken].iter();
+        let (mut indices, mut columns) = (candidates(op, row), [0; KEYS]);
         loop {
-            let mut n = 0;
-            for &index in indices.by_ref() {
-                let Ok(position) = usize::try_from(index) else { continue };
-                let slot = match &op.map {
-                    Some(map) => map.slot(row, position).map(|s| s as usize),
-                    None => Some(position),
-                };
-                let Some(slot) = slot else { continue };
-                // SAFETY: the tile has `KEYS` rows.
-                unsafe { gather::<S>(op, slot, &mut w.tile[n * stride..][..stride]) };
-                n += 1;
-                if n == KEYS {
-                    break;
-                }
-            }
+            // SAFETY: scratch as `lay` made it.
+            let n = unsafe { gather_tile::<S>(op, row, &mut indices, &mut w, &mut columns) };
             if n == 0 {
                 break;
             }

@@ -211,8 +211,10 @@ pub fn sparse_attention(op: &SparseAttention<'_>) {
             (None, Ok(slot)) => Some(slot),
             (Some(map), Ok(p)) => map.slot(t, p).map(|s| s as usize),
         };
-        let slots = op.indices.row(&[t])[..count].iter().filter_map(slot);
-        let kv: Vec<Vec<f64>> = slots.map(|s| kv_row(op, s)).collect();
+        let slots = op.indices.row(&[t])[..count].iter().enumerate();
+        let (columns, kv): (Vec<usize>, Vec<Vec<f64>>) =
+            slots.filter_map(|(c, i)| Some((c, kv_row(op, slot(i)?)))).unzip();
+        let mut weights = vec![0.0; op.topk];
         for h in 0..op.heads {
             let q = row(&op.q, &[t, h]);
             let s: Vec<f64> = kv.iter().map(|k| f64::from(op.softmax_scale) * dot(&q, k)).collect();
@@ -227,6 +229,14 @@ pub fn sparse_attention(op: &SparseAttention<'_>) {
                 // SAFETY: one row at a time, on one thread.
                 unsafe { lse.row(&[t])[h] = (max + sum.ln()) as f32 };
             }
+            columns.iter().zip(&p).for_each(|(&c, p)| weights[c] += p / sum);
+        }
+        if let Some(probs) = op.probs {
+            let sum: f64 = weights.iter().sum();
+            // SAFETY: one row at a time, on one thread.
+            let out = unsafe { probs.row(&[t]) };
+            let share = |w: f64| if kv.is_empty() { 0.0 } else { w / sum };
+            out.iter_mut().zip(weights).for_each(|(o, w)| *o = share(w) as f32);
         }
     }
 }

@@ -55,6 +55,7 @@ pub struct Cuda {
     overlap: Kernel,
     kv_write: Kernel,
     attention: Kernel,
+    attention_probs: Kernel,
     distill: distill::Kernels,
     decode: Option<Decode>,
     indexer_sm90: Option<IndexerSm90>,
@@ -219,6 +220,7 @@ impl Cuda {
             overlap: kernel("indices", c"overlap", 0)?,
             kv_write: kernel("kv", c"kv_write", 0)?,
             attention: kernel("attention", c"attention", attention_shared(MAX_QK_DIM))?,
+            attention_probs: kernel("attention", c"attention_probs", attention_shared(MAX_QK_DIM))?,
             distill: distill::Kernels::load(&gpu)?,
             decode: Decode::load(&gpu)?,
             indexer_sm90: IndexerSm90::load(&gpu)?,
@@ -647,16 +649,23 @@ impl Cuda {
             out_type,
             reserved: 0,
         };
-        if let Some(fast) = &self.attention_sm90
-            && fast.attend(op, params, ws, stream)?
-        {
-            return Ok(());
+        let shared = attention_shared(op.d_qk);
+        let done = match &self.attention_sm90 {
+            Some(fast) => fast.attend(op, params, ws, stream)?,
+            None => false,
+        };
+        if !done {
+            let grid = (op.rows, op.heads.div_ceil(ATTENTION_HEADS));
+            // SAFETY: the kernel's struct; checked tensors on this device; indices are bounded on the device.
+            unsafe { self.launch(&self.attention, grid, THREADS, shared, stream, params)? };
         }
-        let grid = (op.rows, op.heads.div_ceil(ATTENTION_HEADS));
-        // SAFETY: the kernel's struct; checked tensors on this device; indices are bounded on the device.
-        unsafe {
-            let shared = attention_shared(op.d_qk);
-            self.launch(&self.attention, grid, THREADS, shared, stream, params)
-        }
+        let Some(probs) = op.probs else { return Ok(()) };
+        let params = params::AttentionProbs {
+            a: params,
+            probs: at(probs.as_mut_ptr()),
+            probs_row: n(probs.strides()[0]),
+        };
+        // SAFETY: as above; `lse` is there, and written by what runs before.
+        unsafe { self.launch(&self.attention_probs, (op.rows, 1), THREADS, shared, stream, params) }
     }
 }

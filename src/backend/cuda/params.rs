@@ -209,6 +209,11 @@ params! {
         out_type: i32,
         reserved: i32,
     }
+    struct AttentionProbs = 272 {
+        a: Attention,
+        probs: Ptr,
+        probs_row: i64,
+    }
     struct AttentionSm90 = 280 {
         a: Attention,
         part_out: Ptr,

@@ -126,6 +126,7 @@ class AttentionDesc(Structure):
         ("table_id", c_uint64),
         ("softmax_scale", c_float),
         ("reserved", c_uint32),
+        ("probs", T),
     ]
 
 

@@ -141,10 +141,13 @@ class AttentionDesc(_Desc):
     sink: Optional[Tensor] = None
     #: float32 ``[rows, heads]``, written: natural-log sum of exponentials, the sink not counted.
     lse: Optional[Tensor] = None
+    #: float32 ``[rows, topk]``, written: what a row attends to, summed over heads and divided by its sum, the sink not
+    #: counted: a ``target`` for ``distill``. Needs ``lse``.
+    probs: Optional[Tensor] = None
     #: Number of the block table that slot-form indices must have been published under; 0: not tracked.
     table_id: int = 0
     flags: int = 0
-    _written = frozenset({"out", "lse"})
+    _written = frozenset({"out", "lse", "probs"})
 
 
 @dataclass

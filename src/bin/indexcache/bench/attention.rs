@@ -204,6 +204,7 @@ fn args<'a>(
         softmax_scale: 1.0 / (D_QK as f32).sqrt(),
         out: memory.tensor::<bf16>("out", &[rows, heads, D_V], &[])?,
         lse: None,
+        probs: None,
     })
 }
 

@@ -504,6 +504,7 @@ impl Model {
             softmax_scale: 1.0 / (c.qk() as f32).sqrt(),
             out: Tensor::from_slice_mut("out", &mut out, &[tokens, heads, latent])?,
             lse: None,
+            probs: None,
         };
         let op = args.check()?;
         let mut workspace = vec![0u8; self.context.sparse_attention_workspace(&op)];
