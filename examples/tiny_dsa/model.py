@@ -53,7 +53,7 @@ def rope_tables(cfg, length, device):
 
 
 def rotate(x, rope):
-    """Interleaved RoPE: pairs (x[2i], x[2i+1]) turn by the angle of frequency i. x is [rows, length, heads, dim]."""
+    """Interleaved RoPE: pairs (x[2i], x[2i+1]) turn by the angle of frequency i. x is [..., length, heads, dim]."""
     cos, sin = (table[:, None, :] for table in rope)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
@@ -74,10 +74,10 @@ class Indexer(nn.Module):
         return torch.cat((rotate(x[..., : self.rope_dim], rope), x[..., self.rope_dim :].float()), -1)
 
     def qkw(self, x, q_latent, rope):
-        """Queries [rows, length, heads, dim], keys [rows, length, dim] and head weights [rows, length, heads]."""
+        """Queries [..., heads, dim], keys [..., dim] and head weights [..., heads]."""
         x, q_latent = x.detach(), q_latent.detach()
         q = self.turn(self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim)), rope)
-        k = self.turn(self.k_norm(self.wk(x).float()).unsqueeze(2), rope).squeeze(2)
+        k = self.turn(self.k_norm(self.wk(x).float()).unsqueeze(-2), rope).squeeze(-2)
         return q, k, self.weights_proj(x).float() * (self.dim * self.heads) ** -0.5
 
     def forward(self, x, q_latent, rope, quantised):
@@ -106,25 +106,38 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=False)
         self.indexer = Indexer(cfg)
 
-    def qkv(self, x, rope, quantised):
-        """The query latent, the KV row, and per-head q, k, v expanded from them; a server attends over the row itself."""
+    def project(self, x, rope):
+        """The query latent, queries [..., heads, nope + rope] and the KV row [..., latent + rope]."""
         q_latent = self.q_a_layernorm(self.q_a_proj(x))
         q = self.q_b_proj(q_latent).unflatten(-1, (self.heads, self.nope + self.rope))
         q = torch.cat((q[..., : self.nope].float(), rotate(q[..., self.nope :], rope)), -1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.latent, self.rope), -1)
-        latent, k_rope = self.kv_a_layernorm(latent), rotate(k_rope.unsqueeze(2), rope)
+        row = torch.cat((self.kv_a_layernorm(latent), rotate(k_rope.unsqueeze(-2), rope).squeeze(-2)), -1)
+        return q_latent, q, row
+
+    def qkv(self, x, rope, quantised):
+        """The query latent, the KV row, and per-head q, k, v expanded from them; a server attends over the row itself."""
+        q_latent, q, row = self.project(x, rope)
         if quantised:
-            latent, k_rope = latent.bfloat16().float(), k_rope.bfloat16().float()
+            row = row.bfloat16().float()
+        latent, k_rope = row.split((self.latent, self.rope), -1)
         k, v = self.kv_b_proj(latent).unflatten(-1, (self.heads, self.nope + self.value)).split((self.nope, self.value), -1)
-        k = torch.cat((k.float(), k_rope.expand(-1, -1, self.heads, -1)), -1)
-        row = torch.cat((latent, k_rope.squeeze(2)), -1)
+        k = torch.cat((k.float(), k_rope.unsqueeze(-2).expand(-1, -1, self.heads, -1)), -1)
         return q_latent, row, *(t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
+
+    def up_projections(self):
+        """`kv_b_proj` as [heads, nope, latent] and [heads, value, latent]: what the absorbed form multiplies by."""
+        weight = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))
+        return weight.split((self.nope, self.value), 1)
 
     def absorbed(self, q):
         """Queries [..., heads, nope + rope] as what meets the KV row, [..., heads, latent + rope]."""
-        w_uk = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))[:, : self.nope]
         q = q.float()
-        return torch.cat((torch.einsum("...hn,hnc->...hc", q[..., : self.nope], w_uk), q[..., self.nope :]), -1)
+        return torch.cat((torch.einsum("...hn,hnc->...hc", q[..., : self.nope], self.up_projections()[0]), q[..., self.nope :]), -1)
+
+    def mixed(self, latents):
+        """The attention-weighted latents of each head, [..., heads, latent], as this layer's output."""
+        return self.o_proj(torch.einsum("...hc,hvc->...hv", latents, self.up_projections()[1]).flatten(-2))
 
     def dense(self, q, k, v):
         # The fused kernels want one head size for q, k and v.
