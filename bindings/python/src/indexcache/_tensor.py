@@ -140,11 +140,11 @@ class Borrow:
             capsule = array.__dlpack__(**stream)
         # The capsule is kept, not consumed: with its name unchanged its destructor calls the deleter, once.
         self._keep.append(capsule)
-        if _is_valid(capsule, b"dltensor"):
-            return cast(_get_pointer(capsule, b"dltensor"), POINTER(_abi.Tensor))
         if not _is_valid(capsule, b"dltensor_versioned"):
-            raise TypeError(f"{name}: __dlpack__ of {type(array).__name__} returned no DLPack capsule")
-        managed = cast(_get_pointer(capsule, b"dltensor_versioned"), POINTER(_Versioned)).contents
+            if not _is_valid(capsule, b"dltensor"):
+                raise TypeError(f"{name}: __dlpack__ of {type(array).__name__} returned no DLPack capsule")
+            return cast(_get_pointer(capsule, b"dltensor"), POINTER(_abi.Tensor))
+        managed = _Versioned.from_address(_get_pointer(capsule, b"dltensor_versioned"))
         if managed.major != 1:
             raise BufferError(f"{name}: expected DLPack 1, got {managed.major}.{managed.minor}")
         if managed.flags & _COPIED:

@@ -2,7 +2,8 @@
 
 import ctypes
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, FrozenSet, Optional, Sequence
+from functools import lru_cache
+from typing import Any, ClassVar, FrozenSet, List, Optional, Sequence, Tuple, Type
 
 from . import _abi
 from ._tensor import Borrow, Tensor
@@ -31,23 +32,30 @@ class _Desc:
 
     def _c(self, borrow: Borrow) -> ctypes.Structure:
         """The C struct; tensors are borrowed as long as ``borrow`` lives."""
-        struct = getattr(_abi, type(self).__name__)
-        types = dict(struct._fields_)
+        struct, types = _struct(type(self))
         c = struct(struct_size=ctypes.sizeof(struct))
-        for f in fields(self):
-            value, ctype = getattr(self, f.name), types[f.name]
+        for name, ctype in types:
+            value = getattr(self, name)
             if ctype is _abi.T:
-                value = borrow(f.name, value, f.name in self._written)
+                value = borrow(name, value, name in self._written)
             elif ctype is ctypes.c_char_p:
-                value = text(value, f.name)
+                value = text(value, name)
             elif ctype in _ELEMENTS:
                 element = _ELEMENTS[ctype]
                 value = (element * len(value))(*(_abi.CHECKED[element].from_param(v) for v in value))
-                setattr(c, f.name + "_count", len(value))
+                setattr(c, name + "_count", len(value))
             elif ctype is not ctypes.c_float:
                 value = _abi.CHECKED[ctype].from_param(value)
-            setattr(c, f.name, value)
+            setattr(c, name, value)
         return c
+
+
+@lru_cache(maxsize=None)
+def _struct(kind: Type[_Desc]) -> Tuple[Any, List[Tuple[str, Any]]]:
+    """The C struct of a descriptor class, and the C type of each field. Asked once a class: calls are on the hot path."""
+    struct = getattr(_abi, kind.__name__)
+    types = dict(struct._fields_)
+    return struct, [(f.name, types[f.name]) for f in fields(kind)]
 
 
 @dataclass
