@@ -205,30 +205,33 @@ def test_cuda_work_is_on_the_current_stream(context, rng):
 
 
 @needs_torch
-def test_only_what_requires_a_gradient_gets_one(context, rng):
-    x = ragged(rng)
-    q, k, weights = (torch.from_numpy(x[n]) for n in ("q", "k", "weights"))
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_only_what_requires_a_gradient_gets_one(context, rng, device):
+    context = on(device, context)
+    x = {n: torch.from_numpy(v).to(device) for n, v in ragged(rng).items()}
+    q, k, weights = (x[n] for n in ("q", "k", "weights"))
     k.requires_grad_()
     training = Distillation(context, q, k, weights, row_start=x["row_start"], row_end=x["row_end"])
-    training.add(1.0, target=torch.from_numpy(x["target"]))
+    training.add(1.0, target=x["target"])
     training.loss().backward()
     assert q.grad is None and weights.grad is None and k.grad.abs().max() > 0
     with pytest.raises(RuntimeError, match="loss\\(\\) was taken"):
-        training.add(1.0, target=torch.from_numpy(x["target"]))
+        training.add(1.0, target=x["target"])
 
 
 @needs_torch
-def test_strided_tensors_are_used_in_place(context, rng):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_strided_tensors_are_used_in_place(context, rng, device):
     """Parts of wider tensors are no copies; what would need one is refused."""
-    x = ragged(rng)
-    wide = torch.from_numpy(np.concatenate([x["k"], x["k"] + 1], axis=1))
+    context = on(device, context)
+    x = {n: torch.from_numpy(v).to(device) for n, v in ragged(rng).items()}
+    wide, bounds = torch.cat([x["k"], x["k"] + 1], 1), {n: x[n] for n in ("row_start", "row_end")}
     losses = []
-    for k in (torch.from_numpy(x["k"]), wide[:, :DIM]):
-        q, weights = torch.from_numpy(x["q"]), torch.from_numpy(x["weights"])
-        training = Distillation(context, q, k, weights, row_start=x["row_start"], row_end=x["row_end"])
-        training.add(1.0, target=torch.from_numpy(x["target"]))
+    for k in (x["k"], wide[:, :DIM]):
+        training = Distillation(context, x["q"], k, x["weights"], **bounds)
+        training.add(1.0, target=x["target"])
         losses.append(training.loss().item())
     assert losses[0] == losses[1]
-    training = Distillation(context, q, wide[:, ::2], weights, row_start=x["row_start"], row_end=x["row_end"])
+    training = Distillation(context, x["q"], wide[:, ::2], x["weights"], **bounds)
     with pytest.raises(ix.Error, match="k: expected stride 1 in the last dimension"):
-        training.add(1.0, target=torch.from_numpy(x["target"]))
+        training.add(1.0, target=x["target"])
