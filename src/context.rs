@@ -97,6 +97,14 @@ impl Context {
         Ok(Context { backend, passed_over })
     }
 
+    /// The same in checked mode: CUDA calls refuse indices that are out of range, as CPU calls do anyway.
+    pub fn checked(mut self) -> Self {
+        if let Backend::Cuda(cuda) = &mut self.backend {
+            cuda.check_indices();
+        }
+        self
+    }
+
     /// The backend.
     pub fn backend(&self) -> &Backend {
         &self.backend

@@ -11,6 +11,7 @@ use cudarc::driver::{result, sys};
 use half::bf16;
 use indexcache::cache::{Cache, CacheShape};
 use indexcache::context::{BackendChoice, Context, Stream};
+use indexcache::error::{Error, Status};
 use indexcache::fp8;
 use indexcache::layout::Workspace;
 use indexcache::ops::*;
@@ -1134,6 +1135,142 @@ fn garbage_in_index_arrays_reaches_no_address() {
             assert!(floats(&g.down(&op.out)).iter().all(|x| x.is_finite()), "{form:?}");
         }
     }
+}
+
+/// Checked mode answers as the CPU does, before anything is written; without it a call goes through.
+#[test]
+fn checked_mode_refuses_what_the_cpu_refuses() {
+    let Some(g) = Gpu::open("checked mode") else { return };
+    let checked = Context::new(BackendChoice::Cuda(0), 0, || ()).unwrap().checked();
+    let on_host = |result: Result<(), Error>| result.map_err(|e| (e.status, e.message));
+    let same = |cpu, gpu, name: &str| {
+        let (cpu, gpu) = (on_host(cpu), on_host(gpu));
+        assert_eq!(cpu, gpu, "{name}");
+        gpu.is_ok()
+    };
+    let (q, kv) = (vec![1f32; 2 * 4], vec![1f32; 3 * 8 * 4]);
+    // Rows of three entries in a table of four columns: a copy has to honour the stride.
+    let table = [2, 0, 7, -9, 1, 1, 1, -9];
+    use IndexForm::{Logical, Slots};
+    let mut passed = 0;
+    for (indices, form, request, row_topk) in [
+        ([0, 15, -1, 23], Slots, [0, 0], [2, 2]),
+        ([0, 15, 1, 99], Logical, [0, 0], [2, 1]),
+        ([0, 1, 16, 23], Logical, [0, 1], [2, 2]),
+        ([0, 24, 0, 0], Slots, [0, 0], [2, 2]),
+        ([0, 1, -2, 0], Slots, [0, 0], [2, 2]),
+        ([0, 24, 0, 0], Logical, [0, 0], [2, 2]),
+        ([0, 16, 0, 0], Logical, [0, 0], [2, 2]),
+        ([0, 0, 0, 0], Logical, [0, 2], [2, 2]),
+        ([0, 0, 0, 0], Slots, [0, 0], [2, 3]),
+    ] {
+        let (mut out, name) = (vec![9f32; 8], format!("{indices:?} {form:?} {request:?}"));
+        let logical = form == Logical;
+        let args = SparseAttentionArgs {
+            q: t("q", &q, &[2, 1, 4]),
+            kv: t("kv", &kv, &[3, 8, 4]),
+            indices: t("indices", &indices, &[2, 2]),
+            form,
+            map: KeyMapArgs {
+                block_table: logical.then(|| padded("block_table", &table, &[2, 3], 1)),
+                row_request: logical.then(|| t("row_request", &request, &[2])),
+                ..KeyMapArgs::default()
+            },
+            row_topk: Some(t("row_topk", &row_topk, &[2])),
+            sink: None,
+            softmax_scale: 1.0,
+            out: m("out", &mut out, &[2, 1, 4]),
+            lse: None,
+            probs: None,
+        };
+        let dev = SparseAttentionArgs {
+            q: g.up(&args.q),
+            kv: g.up(&args.kv),
+            indices: g.up(&args.indices),
+            map: g.up_map(&args.map),
+            row_topk: g.up_maybe(&args.row_topk),
+            out: g.up(&args.out),
+            ..args
+        };
+        let (op, on_gpu) = (args.check().unwrap(), dev.check().unwrap());
+        let mut ws = vec![0u8; g.cpu.sparse_attention_workspace(&op)];
+        let cpu = g.cpu.sparse_attention(&op, Workspace::from(&mut ws[..]), Stream::DEFAULT);
+        let ws = g.workspace(checked.sparse_attention_workspace(&on_gpu));
+        let gpu = checked.sparse_attention(&on_gpu, ws, Stream::DEFAULT);
+        let ok = same(cpu, gpu, &name);
+        passed += usize::from(ok);
+        let got = floats(&g.down(&dev.out));
+        assert!(got.iter().all(|&x| x == if ok { 1.0 } else { 9.0 }), "{name}: {got:?}");
+        g.attend(&on_gpu); // An index out of range is as good as none.
+        assert!(floats(&g.down(&dev.out)).iter().all(|&x| x == 0.0 || x == 1.0), "{name}");
+    }
+    assert_eq!(passed, 3);
+
+    let mut pages = vec![0f32; 24 * 4];
+    for slots in [[23i64, -1], [24, 0], [0, -2]] {
+        let args = KvWriteArgs {
+            kv: t("kv", &q, &[2, 4]),
+            slots: t("slots", &slots, &[2]),
+            pages: m("pages", &mut pages, &[3, 8, 4]),
+        };
+        let dev =
+            KvWriteArgs { kv: g.up(&args.kv), slots: g.up(&args.slots), pages: g.up(&args.pages) };
+        let cpu = g.cpu.kv_write(&args.check().unwrap(), Stream::DEFAULT);
+        same(cpu, checked.kv_write(&dev.check().unwrap(), Stream::DEFAULT), "kv_write");
+    }
+    let (logits, mut taken) = (vec![1f32; 8], [0i32; 2]);
+    for end in [[4, 3], [4, 5]] {
+        let args = TopKArgs {
+            logits: t("logits", &logits, &[2, 4]),
+            row_start: None,
+            row_end: Some(t("row_end", &end, &[2])),
+            indices: m("indices", &mut taken, &[2, 1]),
+        };
+        let dev = TopKArgs {
+            logits: g.up(&args.logits),
+            row_end: g.up_maybe(&args.row_end),
+            indices: g.up(&args.indices),
+            ..args
+        };
+        let cpu = g.cpu.topk(&args.check().unwrap(), Stream::DEFAULT);
+        same(cpu, checked.topk(&dev.check().unwrap(), Stream::DEFAULT), "topk");
+    }
+    let mut rng = Rng(14);
+    for kind in KINDS {
+        for wrong in [false, true] {
+            let mut ix = Index::new(&mut rng, kind, &[100; 4], 2, 32, 0);
+            if wrong {
+                ix.row_end[2] = 1 << 20;
+            }
+            let mut indices = vec![0i32; 4 * 16];
+            let on_host = ix.args().check_select(m("indices", &mut indices, &[4, 16])).unwrap();
+            let on_gpu = g.up_indexer(&ix.args());
+            let on_gpu = on_gpu.check_select(g.up(&m("indices", &mut [0i32; 64], &[4, 16])));
+            let on_gpu = on_gpu.unwrap();
+            let mut ws = vec![0u8; g.cpu.select_workspace(&on_host)];
+            let cpu = g.cpu.select(&on_host, Workspace::from(&mut ws[..]), Stream::DEFAULT);
+            let ws = g.workspace(checked.select_workspace(&on_gpu));
+            let gpu = checked.select(&on_gpu, ws, Stream::DEFAULT);
+            assert_ne!(same(cpu, gpu, &format!("select of {kind:?}")), wrong);
+        }
+    }
+
+    // A stream that captures cannot be waited for; the capture goes on.
+    let (slots, out) = ([0i64, 1], g.up(&m("pages", &mut pages, &[3, 8, 4])));
+    let args = KvWriteArgs {
+        kv: g.up(&t("kv", &q, &[2, 4])),
+        slots: g.up(&t("slots", &slots, &[2])),
+        pages: out,
+    };
+    let op = args.check().unwrap();
+    let graph = Graph::capture(|stream| {
+        let e = checked.kv_write(&op, stream).unwrap_err();
+        assert!(e.status == Status::Unsupported && e.message.contains("IDXC_CHECKED"), "{e}");
+        g.gpu.kv_write(&op, stream).unwrap();
+    });
+    graph.replay();
+    drop(graph);
+    assert_eq!(floats(&g.down(&out))[..8], [1.0; 8]);
 }
 
 #[test]

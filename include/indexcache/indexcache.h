@@ -106,6 +106,14 @@
 #define IDXC_BACKEND_CUDA 2
 
 /**
+ * Flag of `idxc_context_desc`: checked mode, to find a fault. Each CUDA call waits for its stream, copies its index arrays
+ * (indices, slots, row bounds, block table) to the host and refuses what is out of range with `IDXC_ERR_INVALID`, before it
+ * launches anything, as CPU calls always do. A stream that captures a graph is refused with `IDXC_ERR_UNSUPPORTED`.
+ * Without the flag kernels take such an index as absent, and nothing is waited for.
+ */
+#define IDXC_CHECKED 1
+
+/**
  * Role: no sparse attention.
  */
 #define IDXC_ROLE_NONE 0
@@ -310,7 +318,7 @@ typedef struct idxc_context_desc {
    */
   uint32_t struct_size;
   /**
-   * 0.
+   * `IDXC_CHECKED`.
    */
   uint32_t flags;
   /**
@@ -1563,7 +1571,7 @@ idxc_status idxc_select_workspace(const struct idxc_cache *cache,
  * - Threads: the cache's.
  * - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
  * - Graph capture: allowed; which layers are Full is fixed by the plan, lengths are read on the device.
- * - Errors: `IDXC_ERR_INVALID` (argument named; CPU: a page or length out of range, before anything is written),
+ * - Errors: `IDXC_ERR_INVALID` (argument named; CPU, `IDXC_CHECKED`: a page or length out of range, before anything is written),
  *   `IDXC_ERR_STALE` (a Shared layer without indices, or no step), `IDXC_ERR_BUFFER_TOO_SMALL` (workspace),
  *   `IDXC_ERR_UNSUPPORTED` (see `idxc_cache_create`).
  */
@@ -1670,7 +1678,7 @@ idxc_status idxc_attend_workspace(const struct idxc_cache *cache,
  * - Threads: the cache's.
  * - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
  * - Graph capture: allowed.
- * - Errors: `IDXC_ERR_INVALID` (argument named; CPU: an index out of range), `IDXC_ERR_STALE` (no indices for this
+ * - Errors: `IDXC_ERR_INVALID` (argument named; CPU, `IDXC_CHECKED`: an index out of range), `IDXC_ERR_STALE` (no indices for this
  *   layer), `IDXC_ERR_FORM` (slots of another block table), `IDXC_ERR_BUFFER_TOO_SMALL` (workspace),
  *   `IDXC_ERR_UNSUPPORTED` (see `idxc_cache_create`).
  */
@@ -1694,7 +1702,7 @@ idxc_status idxc_attend(const struct idxc_cache *cache,
  * - Threads: any; two calls must not write the same slots at once.
  * - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
  * - Graph capture: allowed.
- * - Errors: `IDXC_ERR_INVALID` (argument named; CPU: a slot out of range, before anything is written).
+ * - Errors: `IDXC_ERR_INVALID` (argument named; CPU, `IDXC_CHECKED`: a slot out of range, before anything is written).
  */
 idxc_status idxc_index_k_write(const struct idxc_context *context,
                                const struct idxc_index_k_write_desc *desc,
@@ -1728,7 +1736,7 @@ idxc_status idxc_index_q_quantize(const struct idxc_context *context,
  * - Threads: any.
  * - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
  * - Graph capture: allowed.
- * - Errors: `IDXC_ERR_INVALID` (argument named; CPU: a row range outside the keys).
+ * - Errors: `IDXC_ERR_INVALID` (argument named; CPU, `IDXC_CHECKED`: a row range outside the keys).
  */
 idxc_status idxc_indexer_logits(const struct idxc_context *context,
                                 const struct idxc_indexer_desc *desc,
@@ -1744,7 +1752,7 @@ idxc_status idxc_indexer_logits(const struct idxc_context *context,
  * - Threads: any.
  * - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
  * - Graph capture: allowed.
- * - Errors: `IDXC_ERR_INVALID` (argument named; CPU: a page or length out of range).
+ * - Errors: `IDXC_ERR_INVALID` (argument named; CPU, `IDXC_CHECKED`: a page or length out of range).
  */
 idxc_status idxc_paged_indexer_logits(const struct idxc_context *context,
                                       const struct idxc_indexer_desc *desc,
@@ -1788,7 +1796,7 @@ idxc_status idxc_topk(const struct idxc_context *context,
  * - Threads: any.
  * - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
  * - Graph capture: allowed.
- * - Errors: `IDXC_ERR_INVALID` (argument named; CPU: an index past its request's pages).
+ * - Errors: `IDXC_ERR_INVALID` (argument named; CPU, `IDXC_CHECKED`: an index past its request's pages).
  */
 idxc_status idxc_indices_to_slots(const struct idxc_context *context,
                                   const struct idxc_indices_to_slots_desc *desc,
@@ -1802,7 +1810,7 @@ idxc_status idxc_indices_to_slots(const struct idxc_context *context,
  * - Threads: any; two calls must not write the same slots at once.
  * - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
  * - Graph capture: allowed.
- * - Errors: `IDXC_ERR_INVALID` (argument named; CPU: a slot out of range, before anything is written).
+ * - Errors: `IDXC_ERR_INVALID` (argument named; CPU, `IDXC_CHECKED`: a slot out of range, before anything is written).
  */
 idxc_status idxc_kv_write(const struct idxc_context *context,
                           const struct idxc_kv_write_desc *desc,
@@ -1833,7 +1841,7 @@ idxc_status idxc_sparse_attention_workspace(const struct idxc_context *context,
  * - Threads: any; each call needs its own workspace.
  * - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
  * - Graph capture: allowed.
- * - Errors: `IDXC_ERR_INVALID` (argument named; CPU: an index out of range), `IDXC_ERR_BUFFER_TOO_SMALL` (workspace).
+ * - Errors: `IDXC_ERR_INVALID` (argument named; CPU, `IDXC_CHECKED`: an index out of range), `IDXC_ERR_BUFFER_TOO_SMALL` (workspace).
  */
 idxc_status idxc_sparse_attention(const struct idxc_context *context,
                                   const struct idxc_attention_desc *desc,
@@ -1896,8 +1904,8 @@ idxc_status idxc_distill_workspace(const struct idxc_context *context,
  * - Graph capture: allowed.
  * - Errors: `IDXC_ERR_INVALID` (argument named; CPU: an index or range outside what the row sees, an input that is NaN
  *   or infinite where a row uses it, a target below 0 or without a sum, scores that overflow; nothing was written),
- *   `IDXC_ERR_BUFFER_TOO_SMALL` (workspace). CUDA cannot refuse what is in device memory: it makes `loss` NaN, reaches
- *   no address, and the row that has it adds to no gradient.
+ *   `IDXC_ERR_BUFFER_TOO_SMALL` (workspace). CUDA cannot refuse what is in device memory, but for indices and ranges under
+ *   `IDXC_CHECKED`: it makes `loss` NaN, reaches no address, and the row that has it adds to no gradient.
  */
 idxc_status idxc_distill(const struct idxc_context *context,
                          const struct idxc_distill_desc *desc,

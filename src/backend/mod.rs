@@ -1,4 +1,5 @@
 //! What executes the operations.
 
+mod check;
 pub mod cpu;
 pub mod cuda;

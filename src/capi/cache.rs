@@ -263,7 +263,7 @@ pub unsafe extern "C" fn idxc_select_workspace(
 /// - Threads: the cache's.
 /// - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
 /// - Graph capture: allowed; which layers are Full is fixed by the plan, lengths are read on the device.
-/// - Errors: `IDXC_ERR_INVALID` (argument named; CPU: a page or length out of range, before anything is written),
+/// - Errors: `IDXC_ERR_INVALID` (argument named; CPU, `IDXC_CHECKED`: a page or length out of range, before anything is written),
 ///   `IDXC_ERR_STALE` (a Shared layer without indices, or no step), `IDXC_ERR_BUFFER_TOO_SMALL` (workspace),
 ///   `IDXC_ERR_UNSUPPORTED` (see `idxc_cache_create`).
 ///
@@ -494,7 +494,7 @@ pub unsafe extern "C" fn idxc_attend_workspace(
 /// - Threads: the cache's.
 /// - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
 /// - Graph capture: allowed.
-/// - Errors: `IDXC_ERR_INVALID` (argument named; CPU: an index out of range), `IDXC_ERR_STALE` (no indices for this
+/// - Errors: `IDXC_ERR_INVALID` (argument named; CPU, `IDXC_CHECKED`: an index out of range), `IDXC_ERR_STALE` (no indices for this
 ///   layer), `IDXC_ERR_FORM` (slots of another block table), `IDXC_ERR_BUFFER_TOO_SMALL` (workspace),
 ///   `IDXC_ERR_UNSUPPORTED` (see `idxc_cache_create`).
 ///

@@ -17,6 +17,12 @@ pub const IDXC_BACKEND_CPU: i32 = 1;
 /// Backend: a CUDA device.
 pub const IDXC_BACKEND_CUDA: i32 = 2;
 
+/// Flag of `idxc_context_desc`: checked mode, to find a fault. Each CUDA call waits for its stream, copies its index arrays
+/// (indices, slots, row bounds, block table) to the host and refuses what is out of range with `IDXC_ERR_INVALID`, before it
+/// launches anything, as CPU calls always do. A stream that captures a graph is refused with `IDXC_ERR_UNSUPPORTED`.
+/// Without the flag kernels take such an index as absent, and nothing is waited for.
+pub const IDXC_CHECKED: u32 = 1;
+
 /// One backend on one device. May be used from any number of threads at once.
 pub struct idxc_context(pub(super) Arc<Context>);
 
@@ -26,7 +32,7 @@ pub struct idxc_context(pub(super) Arc<Context>);
 pub struct idxc_context_desc {
     /// `sizeof(idxc_context_desc)`, set by `IDXC_CONTEXT_DESC_INIT`.
     pub struct_size: u32,
-    /// 0.
+    /// `IDXC_CHECKED`.
     pub flags: u32,
     /// One of `IDXC_BACKEND_…`.
     pub backend: i32,
@@ -61,6 +67,7 @@ pub struct idxc_context_info {
 // SAFETY: repr(C), pairs of 4-byte fields in 8-byte cells; zero is the default.
 unsafe impl Descriptor for idxc_context_desc {
     const NAME: &'static str = "idxc_context_desc";
+    const FLAGS: u32 = IDXC_CHECKED;
 }
 // SAFETY: as above, and one pointer.
 unsafe impl Descriptor for idxc_context_info {
@@ -91,13 +98,16 @@ pub unsafe extern "C" fn idxc_context_create(
         out_pointer(out, "out")?;
         // SAFETY: checked; the caller's to write.
         unsafe { out.write(std::ptr::null_mut()) };
-        let (choice, threads) = if desc.is_null() {
-            (BackendChoice::Auto(0), 0)
+        let (choice, threads, checked) = if desc.is_null() {
+            (BackendChoice::Auto(0), 0, false)
         } else {
             // SAFETY: by this function's contract.
             read_desc(unsafe { descriptor(desc, "desc") }?)?
         };
-        let context = Context::new(choice, threads, quiet_panics_on_this_thread)?;
+        let mut context = Context::new(choice, threads, quiet_panics_on_this_thread)?;
+        if checked {
+            context = context.checked();
+        }
         if let Some(why) = context.passed_over() {
             log(IDXC_LOG_INFO, &format!("context: not cuda: {}", why.message));
         }
@@ -120,7 +130,7 @@ pub unsafe extern "C" fn idxc_context_create(
     })
 }
 
-fn read_desc(d: idxc_context_desc) -> Result<(BackendChoice, usize)> {
+fn read_desc(d: idxc_context_desc) -> Result<(BackendChoice, usize, bool)> {
     let choice = match d.backend {
         IDXC_BACKEND_AUTO => BackendChoice::Auto(d.device_id),
         IDXC_BACKEND_CPU => BackendChoice::Cpu,
@@ -136,7 +146,7 @@ fn read_desc(d: idxc_context_desc) -> Result<(BackendChoice, usize)> {
         .ok()
         .filter(|&n| n <= 1024)
         .ok_or_else(|| Error::invalid("desc->threads", "0 (all cores) to 1024", d.threads))?;
-    Ok((choice, threads))
+    Ok((choice, threads, d.flags & IDXC_CHECKED != 0))
 }
 
 /// Closes a context. NULL is fine. Caches created from it stay usable.

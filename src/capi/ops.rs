@@ -267,7 +267,7 @@ pub(super) unsafe fn attention_args<'a>(
 /// - Threads: any; two calls must not write the same slots at once.
 /// - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
 /// - Graph capture: allowed.
-/// - Errors: `IDXC_ERR_INVALID` (argument named; CPU: a slot out of range, before anything is written).
+/// - Errors: `IDXC_ERR_INVALID` (argument named; CPU, `IDXC_CHECKED`: a slot out of range, before anything is written).
 ///
 /// # Safety
 /// Pointers are NULL or valid as described.
@@ -357,7 +357,7 @@ pub unsafe extern "C" fn idxc_index_q_quantize(
 /// - Threads: any.
 /// - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
 /// - Graph capture: allowed.
-/// - Errors: `IDXC_ERR_INVALID` (argument named; CPU: a row range outside the keys).
+/// - Errors: `IDXC_ERR_INVALID` (argument named; CPU, `IDXC_CHECKED`: a row range outside the keys).
 ///
 /// # Safety
 /// Pointers are NULL or valid as described.
@@ -382,7 +382,7 @@ pub unsafe extern "C" fn idxc_indexer_logits(
 /// - Threads: any.
 /// - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
 /// - Graph capture: allowed.
-/// - Errors: `IDXC_ERR_INVALID` (argument named; CPU: a page or length out of range).
+/// - Errors: `IDXC_ERR_INVALID` (argument named; CPU, `IDXC_CHECKED`: a page or length out of range).
 ///
 /// # Safety
 /// Pointers are NULL or valid as described.
@@ -507,7 +507,7 @@ pub unsafe extern "C" fn idxc_topk(
 /// - Threads: any.
 /// - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
 /// - Graph capture: allowed.
-/// - Errors: `IDXC_ERR_INVALID` (argument named; CPU: an index past its request's pages).
+/// - Errors: `IDXC_ERR_INVALID` (argument named; CPU, `IDXC_CHECKED`: an index past its request's pages).
 ///
 /// # Safety
 /// Pointers are NULL or valid as described.
@@ -550,7 +550,7 @@ pub unsafe extern "C" fn idxc_indices_to_slots(
 /// - Threads: any; two calls must not write the same slots at once.
 /// - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
 /// - Graph capture: allowed.
-/// - Errors: `IDXC_ERR_INVALID` (argument named; CPU: a slot out of range, before anything is written).
+/// - Errors: `IDXC_ERR_INVALID` (argument named; CPU, `IDXC_CHECKED`: a slot out of range, before anything is written).
 ///
 /// # Safety
 /// Pointers are NULL or valid as described.
@@ -619,7 +619,7 @@ pub unsafe extern "C" fn idxc_sparse_attention_workspace(
 /// - Threads: any; each call needs its own workspace.
 /// - Stream: CUDA: runs on `stream`. CPU: done on return, `stream` is ignored.
 /// - Graph capture: allowed.
-/// - Errors: `IDXC_ERR_INVALID` (argument named; CPU: an index out of range), `IDXC_ERR_BUFFER_TOO_SMALL` (workspace).
+/// - Errors: `IDXC_ERR_INVALID` (argument named; CPU, `IDXC_CHECKED`: an index out of range), `IDXC_ERR_BUFFER_TOO_SMALL` (workspace).
 ///
 /// # Safety
 /// Pointers are NULL or valid as described.
@@ -763,8 +763,8 @@ pub unsafe extern "C" fn idxc_distill_workspace(
 /// - Graph capture: allowed.
 /// - Errors: `IDXC_ERR_INVALID` (argument named; CPU: an index or range outside what the row sees, an input that is NaN
 ///   or infinite where a row uses it, a target below 0 or without a sum, scores that overflow; nothing was written),
-///   `IDXC_ERR_BUFFER_TOO_SMALL` (workspace). CUDA cannot refuse what is in device memory: it makes `loss` NaN, reaches
-///   no address, and the row that has it adds to no gradient.
+///   `IDXC_ERR_BUFFER_TOO_SMALL` (workspace). CUDA cannot refuse what is in device memory, but for indices and ranges under
+///   `IDXC_CHECKED`: it makes `loss` NaN, reaches no address, and the row that has it adds to no gradient.
 ///
 /// # Safety
 /// Pointers are NULL or valid as described.

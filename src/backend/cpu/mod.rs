@@ -3,7 +3,6 @@
 //! Results have the same bits on every instruction set, with every number of threads.
 
 mod attention;
-mod check;
 mod distill;
 mod indexer;
 mod quant;
@@ -13,6 +12,7 @@ mod select;
 mod simd;
 mod tile;
 
+use super::check;
 use crate::error::{Error, Result, Status};
 use crate::ops::*;
 use crate::tensor::{View, ViewMut};
@@ -176,11 +176,7 @@ impl Cpu {
     pub fn indexer_logits(&self, op: &IndexerLogits<'_>) -> Result<()> {
         check::device(op.indexer.device)?;
         let longest = check::keys(&op.indexer.map, op.indexer.rows)?;
-        let columns = op.columns();
-        if longest > columns {
-            let want = format_args!("a column for each of the longest row's {longest} positions");
-            return Err(Error::invalid("logits", want, columns));
-        }
+        check::columns(op, longest)?;
         indexer::indexer_logits(self, op, longest);
         Ok(())
     }

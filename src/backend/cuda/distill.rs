@@ -294,6 +294,9 @@ impl Cuda {
     /// A distillation loss and its gradients.
     pub fn distill(&self, op: &Distill<'_>, ws: Workspace<'_>, stream: Stream) -> Result<()> {
         self.device(op.device)?;
+        if let Some(copies) = self.checked(stream)? {
+            copies.distill(op)?;
+        }
         let s = Shape::of(op, self.gpu.sms);
         let mut a = Addresses::measure();
         lay(&mut a, op, &s);

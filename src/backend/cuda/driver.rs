@@ -251,6 +251,37 @@ impl Gpu {
         Ok((kernel, if fits { clusters.unsigned_abs() as usize } else { 0 }))
     }
 
+    /// Waits for what is on a stream.
+    pub(super) fn wait(&self, stream: *mut c_void) -> Result<()> {
+        let _entered = self.enter()?;
+        let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        // SAFETY: writes one number; the caller's stream.
+        let r = unsafe { sys::cuStreamIsCapturing(stream.cast(), &raw mut status) };
+        check("cuStreamIsCapturing", r)?;
+        if status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
+            return Err(Error::new(
+                Status::Unsupported,
+                "stream: checked mode waits for it, which a stream that captures a graph cannot: open the context \
+                 without IDXC_CHECKED",
+            ));
+        }
+        // SAFETY: the caller's stream.
+        check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(stream.cast()) })
+    }
+
+    /// Copies device memory to the host.
+    ///
+    /// # Safety
+    /// Both must be good for so many bytes.
+    pub(super) unsafe fn read(&self, address: u64, to: *mut u8, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let _entered = self.enter()?;
+        // SAFETY: by this function's contract.
+        check("cuMemcpyDtoH", unsafe { sys::cuMemcpyDtoH_v2(to.cast(), address, bytes) })
+    }
+
     /// Device memory, every byte 0xff.
     pub(super) fn allocate(&self, bytes: usize) -> Result<u64> {
         let _entered = self.enter()?;

@@ -1,8 +1,10 @@
 //! The CUDA backend: checks where memory is, sizes scratch, launches. The kernels are in `kernels/`.
 //!
-//! Nothing here waits, allocates or looks at device data: what the host cannot see, the kernels guard.
+//! Nothing here waits, allocates or looks at device data: what the host cannot see, the kernels guard. Checked mode does
+//! all of that, to name what is out of range.
 
 mod attention;
+mod checked;
 mod decode;
 mod distill;
 mod driver;
@@ -10,11 +12,13 @@ mod images;
 mod indexer_sm90;
 mod params;
 
+use super::check;
 use crate::context::Stream;
 use crate::error::{Error, Result};
 use crate::layout::{Addresses, Workspace, with_slack};
 use crate::ops::*;
 use crate::tensor::{Device, Element, View, ViewMut};
+use checked::Copies;
 use decode::Decode;
 use driver::{Gpu, Kernel};
 use indexer_sm90::{Dense, IndexerSm90};
@@ -42,6 +46,8 @@ const ATTENTION_KEYS: usize = 16;
 #[derive(Debug)]
 pub struct Cuda {
     gpu: Arc<Gpu>,
+    /// Index arrays are looked at before each launch.
+    checks: bool,
     index_k_write: Kernel,
     index_q_quantize: Kernel,
     logits: Kernel,
@@ -207,6 +213,7 @@ impl Cuda {
         let gpu = Arc::new(Gpu::open(device)?);
         let kernel = |file, name, shared| gpu.kernel(file, name, shared);
         Ok(Cuda {
+            checks: false,
             index_k_write: kernel("index_k", c"index_k_write", 0)?,
             index_q_quantize: kernel("index_k", c"index_q_quantize", 0)?,
             logits: kernel("logits", c"logits", score_shared(MAX_INDEX_DIM))?,
@@ -227,6 +234,16 @@ impl Cuda {
             attention_sm90: attention::Attention::load(&gpu)?,
             gpu,
         })
+    }
+
+    /// From now on in checked mode.
+    pub fn check_indices(&mut self) {
+        self.checks = true;
+    }
+
+    /// In checked mode: what looks at index arrays, when what the stream holds is done.
+    fn checked(&self, stream: Stream) -> Result<Option<Copies<'_>>> {
+        self.checks.then(|| Copies::after(&self.gpu, stream)).transpose()
     }
 
     /// Ordinal of the device.
@@ -292,6 +309,10 @@ impl Cuda {
     /// Quantises new indexer keys into their pages.
     pub fn index_k_write(&self, op: &IndexKWrite<'_>, stream: Stream) -> Result<()> {
         self.device(op.device)?;
+        let slot_limit = op.pages.shape()[0].saturating_mul(PAGE);
+        if let Some(copies) = self.checked(stream)? {
+            copies.slots(&op.slots, slot_limit)?;
+        }
         let (k, k_type, [k_row, _]) = floats(&op.k);
         let (slots, wide_slots) = slots(&op.slots);
         let params = params::IndexKWrite {
@@ -300,7 +321,7 @@ impl Cuda {
             pages: at(op.pages.as_mut_ptr()),
             k_row: n(k_row),
             page_bytes: n(op.pages.strides()[0]),
-            slot_limit: n(op.pages.shape()[0].saturating_mul(PAGE)),
+            slot_limit: n(slot_limit),
             tokens: n(op.tokens),
             k_type,
             wide_slots,
@@ -350,6 +371,9 @@ impl Cuda {
     pub fn indexer_logits(&self, op: &IndexerLogits<'_>, stream: Stream) -> Result<()> {
         let ix = &op.indexer;
         self.device(ix.device)?;
+        if let Some(copies) = self.checked(stream)? {
+            check::columns(op, copies.keys(ix)?)?;
+        }
         if let Some(decode) = &self.decode
             && decode.logits(&self.gpu, op, stream)?
         {
@@ -400,6 +424,9 @@ impl Cuda {
     pub fn select(&self, op: &Select<'_>, ws: Workspace<'_>, stream: Stream) -> Result<()> {
         let (ix, k) = (&op.indexer, op.topk);
         self.device(ix.device)?;
+        if let Some(copies) = self.checked(stream)? {
+            copies.keys(ix)?;
+        }
         let base = ws.on(ix.device, self.select_scratch(op))?;
         if let Some(decode) = &self.decode
             && decode.select(&self.gpu, op, base, stream)?
@@ -464,6 +491,9 @@ impl Cuda {
     /// Top-k of given scores.
     pub fn topk(&self, op: &TopK<'_>, stream: Stream) -> Result<()> {
         self.device(op.device)?;
+        if let Some(copies) = self.checked(stream)? {
+            copies.bounds(op)?;
+        }
         let (logits, type_, [logits_row, _]) = floats(&op.logits);
         let [rows, columns] = op.logits.shape();
         let params = params::TopK {
@@ -498,6 +528,9 @@ impl Cuda {
     /// Logical indices to slots.
     pub fn indices_to_slots(&self, op: &IndicesToSlots<'_>, stream: Stream) -> Result<()> {
         self.device(op.device)?;
+        if let Some(copies) = self.checked(stream)? {
+            copies.translation(op)?;
+        }
         let [rows, k] = op.indices.shape();
         let params = params::IndicesToSlots {
             indices: at(op.indices.as_ptr()),
@@ -538,6 +571,9 @@ impl Cuda {
         old_rows: usize,
         stream: Stream,
     ) -> Result<()> {
+        if let Some(copies) = self.checked(stream)? {
+            copies.row_map(from, old_rows)?;
+        }
         let k = data.shape()[1];
         let params = params::CarryRows {
             data: at(data.as_mut_ptr()),
@@ -572,6 +608,10 @@ impl Cuda {
     /// Writes KV rows to their pages.
     pub fn kv_write(&self, op: &KvWrite<'_>, stream: Stream) -> Result<()> {
         self.device(op.device)?;
+        let slot_limit = op.page_shape[0].saturating_mul(op.page_shape[1]);
+        if let Some(copies) = self.checked(stream)? {
+            copies.slots(&op.slots, slot_limit)?;
+        }
         let (kv, kv_type, [kv_row, _]) = floats(&op.kv);
         let (slots, wide_slots) = slots(&op.slots);
         let (pages, format, page_bytes, row_bytes) = match op.pages {
@@ -587,7 +627,7 @@ impl Cuda {
             page_bytes,
             row_bytes,
             page: n(op.page_shape[1]),
-            slot_limit: n(op.page_shape[0].saturating_mul(op.page_shape[1])),
+            slot_limit: n(slot_limit),
             tokens: n(op.tokens),
             kv_type,
             wide_slots,
@@ -612,6 +652,9 @@ impl Cuda {
         stream: Stream,
     ) -> Result<()> {
         self.device(op.device)?;
+        if let Some(copies) = self.checked(stream)? {
+            copies.attention(op)?;
+        }
         let (q, q_type, [q_row, q_head, _]) = floats(&op.q);
         let (out, out_type, [out_row, out_head, _]) = floats_mut(&op.out);
         let (kv, kv_format, page_bytes, row_bytes) = match op.kv {

@@ -68,6 +68,7 @@ class ContextDesc(_Desc):
     device_id: int = 0
     #: CPU: worker threads, 0 for all cores.
     threads: int = 0
+    #: ``CHECKED``: CUDA calls wait for their stream and refuse indices that are out of range, as CPU calls do anyway.
     flags: int = 0
 
 

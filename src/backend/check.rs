@@ -1,7 +1,10 @@
-//! What only the host can check: the numbers in index arrays. Each runs before its operation writes anything.
+//! What only the host can check: the numbers in index arrays. Each runs before its operation writes anything; for the
+//! CUDA backend in checked mode only, on copies.
 
 use crate::error::{Error, Result, Status};
-use crate::ops::{Distill, IndicesToSlots, KeyMap, Slots, SparseAttention, Store, Target, TopK};
+use crate::ops::{
+    Distill, IndexerLogits, IndicesToSlots, KeyMap, Slots, SparseAttention, Store, Target, TopK,
+};
 use crate::tensor::Device;
 
 /// The backend reads host memory only.
@@ -75,6 +78,15 @@ pub(super) fn keys(map: &KeyMap<'_>, count: usize) -> Result<usize> {
         done = done.max(len);
     }
     Ok(longest)
+}
+
+/// A column for each position of the longest row.
+pub(super) fn columns(op: &IndexerLogits<'_>, longest: usize) -> Result<()> {
+    if longest <= op.columns() {
+        return Ok(());
+    }
+    let want = format_args!("a column for each of the longest row's {longest} positions");
+    Err(Error::invalid("logits", want, op.columns()))
 }
 
 /// Slots to write to.
