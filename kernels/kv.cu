@@ -6,6 +6,9 @@
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 
+// As the CPU widens bf16: a signalling NaN becomes a quiet one.
+__device__ inline float quiet(float x) { return isnan(x) ? __uint_as_float(__float_as_uint(x) | 0x400000) : x; }
+
 KERNEL(THREADS) kv_write(PARAMS KvWrite p) {
     __shared__ int64_t own[WRITE_TOKENS];
     __shared__ int dead[WRITE_TOKENS];
@@ -17,7 +20,10 @@ KERNEL(THREADS) kv_write(PARAMS KvWrite p) {
         uint8_t* out = p.pages + slot / p.page * p.page_bytes + slot % p.page * p.row_bytes;
         if (p.format != KV_FP8) {
             const int type = p.format == KV_F32 ? F32 : BF16;
-            for (int d = lane; d < p.d_qk; d += 32) store_float(out, type, d, load_float(p.kv, p.kv_type, from + d));
+            for (int d = lane; d < p.d_qk; d += 32) {
+                const float x = load_float(p.kv, p.kv_type, from + d);
+                store_float(out, type, d, p.kv_type == BF16 ? quiet(x) : x);
+            }
             continue;
         }
         for (int tile = 0; tile < 4; ++tile) {
