@@ -16,7 +16,7 @@ use indexcache::fp8;
 use indexcache::layout::Workspace;
 use indexcache::ops::*;
 use indexcache::plan::{Indexers, Model, Pattern, Plan, Spelling};
-use indexcache::tensor::{Device, Element, F8E4M3, Tensor};
+use indexcache::tensor::{DType, Device, Element, F8E4M3, Tensor};
 use std::cell::RefCell;
 use std::io::Write;
 use std::sync::Arc;
@@ -467,6 +467,83 @@ fn writes_have_the_same_bits() {
                 let want = unsafe { std::slice::from_raw_parts(out.as_ptr(), got.len()) };
                 assert!(got == want, "kv {} of {width} from {}", out.dtype(), kv.dtype());
             }
+        }
+    }
+}
+
+/// KV rows of every bf16 there is, of f32 of every exponent, and of what lies between two codes and at the edges of scales.
+#[test]
+fn kv_rows_of_special_values_have_the_same_bits() {
+    let Some(g) = Gpu::open("special KV rows") else { return };
+    let mut rng = Rng(15);
+    let width = 576;
+    let every: Vec<bf16> =
+        (0..114 * width).map(|i| bf16::from_bits((i % (1 << 16)) as u16)).collect();
+    let mut mixed = every.clone(); // Neighbours of one magnitude, and of all.
+    for i in (1..mixed.len()).rev() {
+        mixed.swap(i, rng.below(i + 1));
+    }
+    let signs = [0, 1 << 31];
+    let mantissas = [0, 1, 0x3f_ffff, 0x40_0000, 0x40_0001, 0x7f_ffff];
+    let mut wide: Vec<f32> = vec![];
+    for exponent in 0..256u32 {
+        for bits in mantissas {
+            wide.extend(signs.map(|sign| f32::from_bits(sign | exponent << 23 | bits)));
+        }
+    }
+    let some: Vec<f32> = (0..40 * width).map(|_| wide[rng.below(wide.len())]).collect();
+    wide.resize(6 * width, 0.0);
+    wide.extend(some);
+    // Groups of 128 with a largest value at, or next to, what makes the scale 2^k; else halves between codes, or nearly.
+    let next = |x: f32, by: i32| f32::from_bits(x.to_bits().wrapping_add_signed(by));
+    let halves: Vec<f32> = (0..0x7e).map(|c| (fp8::decode(c) + fp8::decode(c + 1)) / 2.0).collect();
+    for _ in 0..60 {
+        for at in 0..width {
+            let k = rng.below(44) as i32 - 20;
+            let scale = f32::from_bits(((127 + k) << 23) as u32);
+            let x = if at % 128 == 0 { 448.0 } else { halves[rng.below(halves.len())] };
+            let x = next(x * scale, rng.below(3) as i32 - 1);
+            wide.push(if rng.below(2) == 0 { x } else { -x });
+        }
+    }
+    for kv in [t("kv", &every, &[114, width]), t("kv", &mixed, &[114, width])]
+        .into_iter()
+        .chain([t("kv", &wide, &[wide.len() / width, width])])
+    {
+        let (tokens, pages, page) = (kv.shape()[0], 9, 16);
+        let slots = &rng.shuffled(pages * page)[..tokens];
+        let (mut f, mut h) = (vec![0f32; 83_000], vec![bf16::ZERO; 83_000]);
+        let mut b = vec![9u8; pages * (page * 656 + 5)];
+        let strides = [page * 656 + 5, 656, 1]; // No page but the first is aligned to more than a byte.
+        // SAFETY: all of `b`, which nobody else uses.
+        let loose = unsafe {
+            let shape = [pages, page, 656];
+            Tensor::from_raw_parts(
+                "pages",
+                b.as_mut_ptr(),
+                Device::Cpu,
+                DType::U8,
+                &shape,
+                &strides,
+            )
+        };
+        let loose = loose.unwrap();
+        for out in [
+            loose,
+            m("pages", &mut f[..pages * page * width], &[pages, page, width]),
+            m("pages", &mut h[..pages * page * width], &[pages, page, width]),
+        ] {
+            let slots = t("slots", slots, &[tokens]);
+            let dev = g.up(&out);
+            let args = KvWriteArgs { kv, slots, pages: out };
+            g.cpu.kv_write(&args.check().unwrap(), Stream::DEFAULT).unwrap();
+            let args = KvWriteArgs { kv: g.up(&kv), slots: g.up(&slots), pages: dev };
+            g.gpu.kv_write(&args.check().unwrap(), Stream::DEFAULT).unwrap();
+            let got = g.down(&dev);
+            // SAFETY: `out` describes a vector that nobody else uses.
+            let want = unsafe { std::slice::from_raw_parts(out.as_ptr(), got.len()) };
+            let wrong = got.iter().zip(want).position(|(a, b)| a != b);
+            assert_eq!(wrong, None, "{} from {}: first differing byte", out.dtype(), kv.dtype());
         }
     }
 }

@@ -355,6 +355,15 @@ def test_attention_probabilities(context, rng, sink):
         ix.sparse_attention(context, ix.AttentionDesc(q=q, kv=kv, out=out, probs=probs, softmax_scale=0.2), indices)
 
 
+def test_checked_mode_is_what_the_cpu_does_anyway(context, rng):
+    q, kv, indices = attention_inputs(rng)
+    indices[3, 5] = len(kv)
+    checked = ix.Context(ix.ContextDesc(backend=ix.BACKEND_CPU, flags=ix.CHECKED))
+    for c in (context, checked):
+        with pytest.raises(ix.Error, match=f"indices: expected positions below {len(kv)}, got {len(kv)} in row 3"):
+            run_attention(c, q, kv, indices, 32)
+
+
 def test_attention_row_start(context, rng):
     q, kv, indices = attention_inputs(rng)
     start = rng.integers(0, 100, 7).astype(I32)
