@@ -3,7 +3,8 @@
 // Shapes:   q f32 or bf16 [rows, heads, d_qk], KV rows f32, bf16 or 656 bytes, indices int32 [rows, topk].
 // Idea:     a block takes a row and eight heads, a warp a head. Sixteen KV rows are gathered and widened to f32 at a
 //           time; the softmax is online, in the order of the indices, so a row's bits do not depend on the others.
-//           For the probabilities a block takes a row and all its heads, eight at a time, added in their order.
+//           For the probabilities a block takes a row and all its heads, eight at a time, added in their order: simple,
+//           and slow. attention_probs_sm90.cu is for Hopper.
 // Roofline: 2 * heads * (d_qk + d_v) flop a token at the f32 FMA rate, 2 * heads * d_qk for the probabilities; any card,
 //           any heads. The attention's gather repeats heads / 8 times.
 #include <math_constants.h>

@@ -50,13 +50,13 @@ fn lay(a: &mut Addresses, vectors: usize) -> Parts {
 }
 
 /// Shapes and types that the kernels know.
-fn takes(op: &SparseAttention<'_>) -> bool {
+pub(super) fn takes(op: &SparseAttention<'_>) -> bool {
     let types = matches!(op.q, Floats::Bf16(_)) && !matches!(op.kv, Kv::F32(_));
     types && (op.d_qk, op.d_v) == (D_QK, D_V)
 }
 
 /// Addresses and strides that let the kernels move 16 bytes at a time.
-fn aligned(p: &params::Attention) -> bool {
+pub(super) fn aligned(p: &params::Attention) -> bool {
     let addresses = p.q | p.kv | p.out;
     let elements = p.q_row | p.q_head | p.out_row | p.out_head;
     let bytes = p.page_bytes | p.row_bytes;

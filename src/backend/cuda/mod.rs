@@ -11,6 +11,7 @@ mod driver;
 mod images;
 mod indexer_sm90;
 mod params;
+mod probs;
 
 use super::check;
 use crate::context::Stream;
@@ -66,6 +67,7 @@ pub struct Cuda {
     decode: Option<Decode>,
     indexer_sm90: Option<IndexerSm90>,
     attention_sm90: Option<attention::Attention>,
+    probs_sm90: Option<probs::Probs>,
 }
 
 /// Device memory of the library's own: int32, at first -1.
@@ -232,6 +234,7 @@ impl Cuda {
             decode: Decode::load(&gpu)?,
             indexer_sm90: IndexerSm90::load(&gpu)?,
             attention_sm90: attention::Attention::load(&gpu)?,
+            probs_sm90: probs::Probs::load(&gpu)?,
             gpu,
         })
     }
@@ -708,6 +711,11 @@ impl Cuda {
             probs: at(probs.as_mut_ptr()),
             probs_row: n(probs.strides()[0]),
         };
+        if let Some(fast) = &self.probs_sm90
+            && fast.weigh(&self.gpu, op, params, stream)?
+        {
+            return Ok(());
+        }
         // SAFETY: as above; `lse` is there, and written by what runs before.
         unsafe { self.launch(&self.attention_probs, (op.rows, 1), THREADS, shared, stream, params) }
     }
