@@ -1436,10 +1436,10 @@ fn attention_agrees() {
                 };
                 let op = dev.check().unwrap();
                 g.attend(&op);
-                let bits = g.down(&dev.out);
+                let (bits, probs_bits) = (g.down(&dev.out), g.down(&dev.probs.unwrap()));
                 g.attend(&op);
                 assert!(
-                    g.down(&dev.out) == bits,
+                    g.down(&dev.out) == bits && g.down(&dev.probs.unwrap()) == probs_bits,
                     "{heads}x{d_qk} format {format}: not the same bits twice"
                 );
                 let (got, got_lse) = (floats(&bits), floats(&g.down(&dev.lse.unwrap())));
@@ -1475,8 +1475,7 @@ fn fp8_rows<'a>(
     q: &'a [bf16],
     kv: &'a [u8],
     numbers: [&'a [i32]; 4],
-    out: &'a mut [f32],
-    lse: &'a mut [f32],
+    [out, lse, probs]: [&'a mut [f32]; 3],
 ) -> SparseAttentionArgs<'a> {
     let [indices, table, request, row_topk] = numbers;
     let (rows, topk) = (request.len(), indices.len() / request.len());
@@ -1496,7 +1495,7 @@ fn fp8_rows<'a>(
         softmax_scale: 0.05,
         out: m("out", out, &[rows, heads, 512]),
         lse: Some(m("lse", lse, &[rows, heads])),
-        probs: None,
+        probs: Some(m("probs", probs, &[rows, topk])),
     }
 }
 
@@ -1519,11 +1518,13 @@ fn captured_attention_serves_other_lengths_and_tables() {
         let q: Vec<bf16> =
             rng.normals(rows * heads * d_qk).into_iter().map(bf16::from_f32).collect();
         let (mut out, mut lse) = (vec![9f32; rows * heads * d_v], vec![9f32; rows * heads]);
+        let mut probs = vec![9f32; rows * topk];
         let mut table = rng.shuffled(pages)[..3 * 12].to_vec();
         let mut request = vec![0, 1, 2, -1, 1];
         let mut row_topk = vec![700, 0, 64, 300, 699];
         let mut indices: Vec<i32> = (0..rows * topk).map(|_| rng.below(12 * page) as i32).collect();
-        let args = fp8_rows(&q, &kv8, [&indices, &table, &request, &row_topk], &mut out, &mut lse);
+        let numbers = [&indices[..], &table, &request, &row_topk];
+        let args = fp8_rows(&q, &kv8, numbers, [&mut out, &mut lse, &mut probs]);
         let dev = SparseAttentionArgs {
             q: g.up(&args.q),
             kv: g.up(&args.kv),
@@ -1532,7 +1533,7 @@ fn captured_attention_serves_other_lengths_and_tables() {
             row_topk: g.up_maybe(&args.row_topk),
             out: g.up(&args.out),
             lse: g.up_maybe(&args.lse),
-            probs: None,
+            probs: g.up_maybe(&args.probs),
             form: args.form,
             sink: None,
             softmax_scale: args.softmax_scale,
@@ -1548,8 +1549,9 @@ fn captured_attention_serves_other_lengths_and_tables() {
             graph.replay();
             let got = floats(&g.down(&dev.out));
             let got_lse = floats(&g.down(&dev.lse.unwrap()));
-            let args =
-                fp8_rows(&q, &kv8, [&indices, &table, &request, &row_topk], &mut out, &mut lse);
+            let got_probs = floats(&g.down(&dev.probs.unwrap()));
+            let numbers = [&indices[..], &table, &request, &row_topk];
+            let args = fp8_rows(&q, &kv8, numbers, [&mut out, &mut lse, &mut probs]);
             let op = args.check().unwrap();
             let mut ws = vec![0u8; g.cpu.sparse_attention_workspace(&op)];
             g.cpu.sparse_attention(&op, Workspace::from(&mut ws[..]), Stream::DEFAULT).unwrap();
@@ -1561,6 +1563,10 @@ fn captured_attention_serves_other_lengths_and_tables() {
                     a == b || (a - b).abs() < 0.02,
                     "{heads} heads, step {step}: lse {a} for {b}"
                 );
+            }
+            for (a, b) in got_probs.iter().zip(&probs) {
+                let close = (a - b).abs() < 0.03 * b + 1e-7 && (*a == 0.0) == (*b == 0.0);
+                assert!(close, "{heads} heads, step {step}: probability {a} for {b}");
             }
             indices.iter_mut().for_each(|i| *i = rng.below(12 * page + 1) as i32 - 1);
             table = rng.shuffled(pages)[..3 * 12].to_vec();
