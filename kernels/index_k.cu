@@ -2,7 +2,7 @@
 //           e4m3 codes; keys go to their pages, the queries' scale into the head weights.
 // Shapes:   keys [tokens, dim] -> pages of 64 * dim codes, then 64 f32 scales; queries [rows, heads, dim] -> the same.
 // Idea:     a warp a vector, kept in shared memory for the butterflies, which run in the CPU backend's order.
-// Roofline: memory: dim * (2 + 1) bytes a bf16 vector. Looking for slots named twice adds tokens^2 / 2 compares.
+// Roofline: memory: dim * (2 + 1) bytes a bf16 vector. Looking for slots named twice reads tokens^2 / 16 slots more, from L2.
 #include "quant.cuh"
 
 constexpr int THREADS = 256, WARPS = THREADS / 32, MAX_DIM = 256;

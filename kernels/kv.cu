@@ -1,7 +1,7 @@
 // Computes: KV rows to their pages: the 656-byte row (512 e4m3 with a power-of-two scale per 128, 64 bf16), bf16 or f32.
 // Shapes:   f32 or bf16 [tokens, d_qk] -> pages [pages, page, width].
 // Idea:     a warp a token; the scale of 128 values is a reduction over the warp's registers.
-// Roofline: memory: 1152 bytes in, 656 out a token. Looking for slots named twice adds tokens^2 / 2 compares.
+// Roofline: memory: 1152 bytes in, 656 out a token. Looking for slots named twice reads tokens^2 / 16 slots more, from L2.
 #include "quant.cuh"
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;

@@ -382,6 +382,27 @@ impl Index {
 }
 
 #[test]
+fn of_many_tokens_for_a_slot_the_last_stays() {
+    let Some(g) = Gpu::open("last stays") else { return };
+    let mut rng = Rng(12);
+    let (tokens, pages, page, width) = (6001, 40, 64, 3);
+    let kv = rng.normals(tokens * width);
+    // Twice as many tokens as slots; far apart, near, and in one block.
+    let slots: Vec<i32> = (0..tokens)
+        .map(|i| if i % 7 == 3 { (i / 40) as i32 } else { rng.below(pages * page) as i32 })
+        .collect();
+    let (kv, slots) = (t("kv", &kv, &[tokens, width]), t("slots", &slots, &[tokens]));
+    let mut out = vec![-1f32; pages * page * width];
+    let start = m("pages", &mut out, &[pages, page, width]);
+    let dev = g.up(&start);
+    let args = KvWriteArgs { kv, slots, pages: start };
+    g.cpu.kv_write(&args.check().unwrap(), Stream::DEFAULT).unwrap();
+    let args = KvWriteArgs { kv: g.up(&kv), slots: g.up(&slots), pages: dev };
+    g.gpu.kv_write(&args.check().unwrap(), Stream::DEFAULT).unwrap();
+    assert!(g.down(&dev) == raw(&out));
+}
+
+#[test]
 fn writes_have_the_same_bits() {
     let Some(g) = Gpu::open("writes") else { return };
     let mut rng = Rng(11);

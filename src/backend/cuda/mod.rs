@@ -36,7 +36,7 @@ const THREADS: u32 = 256;
 const TOPK_HELD: usize = 8192;
 const TOPK_SHARED: u32 = 65_900;
 /// Tokens that a block of the writing kernels takes.
-const WRITE_TOKENS: usize = 32;
+const WRITE_TOKENS: usize = 8;
 /// Vectors that a block of `index_q_quantize` takes.
 const WARPS: usize = THREADS as usize / 32;
 /// Heads that a block of `attention` takes, and KV rows a step.
