@@ -1,5 +1,6 @@
 """The per-layer loop: who selects, who reuses, what is stale."""
 
+import ctypes
 import threading
 
 import numpy as np
@@ -7,6 +8,8 @@ import oracle
 import pytest
 
 import indexcache as ix
+from indexcache import _abi
+from indexcache._tensor import view
 
 TOPK, HEADS, DIM, D_QK, D_V = 64, 4, 32, 48, 32
 PATTERN = "FSSFS-S"
@@ -264,3 +267,27 @@ def test_threads_take_turns_on_one_cache(context):
     for t in threads:
         t.join()
     assert sorted(done) == [0, 1, 2, 3]
+
+
+def test_device_memory_is_a_torch_tensor():
+    """Without a copy, what is written to the slot is what Shared layers see."""
+    torch = pytest.importorskip("torch", reason="torch is not importable")
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    cache = ix.Cache(ix.Context(ix.ContextDesc(backend=ix.BACKEND_CUDA)), plan("FS"), ix.CacheDesc(max_rows=3))
+    cache.step_begin(0, 3, 1)
+    slot = torch.as_tensor(cache.slot(0), device="cuda")
+    slot.copy_(torch.arange(3 * TOPK).view(3, TOPK))
+    cache.publish(0, 0, None)
+    seen = torch.as_tensor(cache.indices(0, 1), device="cuda")
+    assert seen.data_ptr() == slot.data_ptr() and seen.dtype == torch.int32
+    assert torch.equal(seen.cpu(), torch.arange(3 * TOPK, dtype=torch.int32).view(3, TOPK))
+
+
+def test_device_memory_is_described_as_torch_wants_it():
+    """What torch refuses of ``__cuda_array_interface__`` is not there: its read-only flag."""
+    extents = (ctypes.c_int64 * 2)(3, 4), (ctypes.c_int64 * 2)(4, 1)
+    device = _abi.Device(ix.DEVICE_CUDA, 0)
+    t = _abi.Tensor(4096, device, 2, _abi.DType(ix.DTYPE_INT, 32, 1), *extents, 0)
+    memory = view(t, None, read_only=True).__cuda_array_interface__
+    assert memory == {"data": (4096, False), "shape": (3, 4), "strides": (16, 4), "typestr": "<i4", "version": 3}

@@ -281,7 +281,7 @@ class Cache(_Owner):
 
     def slot(self, lane: int) -> Any:
         """The lane's buffer for this step, int32 ``[rows, topk]``, to write before ``publish``. Not a copy: a numpy
-        array, or on a device an object with ``__cuda_array_interface__``."""
+        array, or on a device an object with ``__cuda_array_interface__``, which ``torch.as_tensor`` takes."""
         with self._lock:
             return self._view(lambda cache, out: lib().idxc_slot(cache, lane, out), read_only=False)
 

@@ -168,7 +168,8 @@ class _Memory:
             "version": 3,
         }
         if t.device.device_type == DEVICE_CUDA:
-            self.__cuda_array_interface__ = interface
+            # torch takes no memory that is read-only.
+            self.__cuda_array_interface__ = {**interface, "data": (interface["data"][0], False)}
         else:
             self.__array_interface__ = interface
 
