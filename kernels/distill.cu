@@ -1,6 +1,7 @@
 // Computes: the distillation loss KL(p || softmax(I)) of an indexer, and its gradients by q, k and the head weights.
 // Shapes:   q [rows, heads, dim], k [keys, dim], weights [rows, heads]; target [rows, columns], or attention's
-//           q [rows, heads, d_qk] and kv [keys, d_qk]. Rows come in chunks: scratch is [chunk, keys] or [chunk, topk].
+//           q [rows, heads, d_qk] and kv [keys, d_qk]. Rows come in chunks: scratch is [chunk, keys] or, restricted,
+//           [chunk, topk] and [chunk, a range of keys].
 // Idea:     tiles of keys by (row, head) vectors on the tensor cores give scores and log2 of the target; one block a
 //           row normalises them and leaves g, the loss by the score. Then `grad_q` (a block owns vectors, goes over
 //           keys) and `grad_k` (owns keys, goes over vectors) recompute the products, for their signs, and multiply g
@@ -398,51 +399,62 @@ KERNEL(THREADS) distill_rows(PARAMS Distill p) {
     }
 }
 
-// --- Restricted: g by column to g by key. An index that is there twice counts twice, in the order of the columns.
+// --- Restricted: g by column to g by key, of a range of keys. An index that is there twice counts twice, in the order of
+// the columns.
 
-constexpr int MAX_TOPK = 4096;
+constexpr int MAX_TOPK = 4096, RANGE = 8192;
 
 KERNEL(THREADS) distill_scatter(PARAMS Distill p) {
+    constexpr uint32_t NONE = ~0u;  // Is no column, and no g.
+    // By key: the first column that names it, then the bits of g.
+    __shared__ uint32_t keys[RANGE];
     __shared__ uint32_t again[MAX_TOPK / 32];
     const int64_t r = blockIdx.x, row = p.first + r;
     const Span span = span_of(p, row);
-    float* out = p.by_key + r * p.key_width;
     const float* g = p.scores + r * p.width;
-    for (int64_t s = span.start + threadIdx.x; s < span.end; s += THREADS) out[s] = __uint_as_float(~0u);
+    const int topk = int(p.topk), width = int(p.key_width);
+    // Keys count from the first of the range; less than 0: not in it.
+    auto key = [&](int c) {
+        const int64_t s = key_of(p, row, span, c) - p.first_key;
+        return s < width ? int(max(s, int64_t(-1))) : -1;
+    };
+    for (int s = threadIdx.x; s < width; s += THREADS) keys[s] = NONE;
     for (int i = threadIdx.x; i < MAX_TOPK / 32; i += THREADS) again[i] = 0;
     __syncthreads();
-    for (int64_t c = threadIdx.x; c < p.topk; c += THREADS) {
-        const int64_t s = key_of(p, row, span, c);
-        if (s >= 0) atomicMin(reinterpret_cast<uint32_t*>(out + s), uint32_t(c));
+    for (int c = threadIdx.x; c < topk; c += THREADS) {
+        const int s = key(c);
+        if (s >= 0) atomicMin(&keys[s], uint32_t(c));
     }
     __syncthreads();
     // The first column of each key leads; the others are marked.
     uint32_t leads = 0;
-    for (int i = 0; i * THREADS < p.topk; ++i) {
-        const int64_t c = i * THREADS + threadIdx.x, s = key_of(p, row, span, c);
+    bool marked = false;
+    for (int i = 0, c = threadIdx.x; c < topk; ++i, c += THREADS) {
+        const int s = key(c);
         if (s < 0) continue;
-        if (__float_as_uint(__ldcg(out + s)) == c) {
+        if (keys[s] == c) {
             leads |= 1u << i;
         } else {
             atomicOr(&again[c / 32], 1u << c % 32);
+            marked = true;
         }
     }
-    __syncthreads();
-    for (int64_t s = threadIdx.x; s < p.key_width; s += THREADS) {
-        if (s < span.start || s >= span.end || __float_as_uint(__ldcg(out + s)) == ~0u) out[s] = 0.0f;
-    }
-    for (int i = 0; i * THREADS < p.topk; ++i) {
+    const bool twice = __syncthreads_or(marked);
+    for (int i = 0, c = threadIdx.x; c < topk; ++i, c += THREADS) {
         if (!(leads >> i & 1)) continue;
-        const int64_t c = i * THREADS + threadIdx.x, s = key_of(p, row, span, c);
+        const int s = key(c);
         float sum = g[c];
-        for (int w = 0; w * 32 < p.topk; ++w) {
+        for (int w = 0; twice && w * 32 < topk; ++w) {
             for (uint32_t bits = again[w]; bits; bits &= bits - 1) {
-                const int64_t other = w * 32 + __ffs(bits) - 1;
-                if (key_of(p, row, span, other) == s) sum += g[other];
+                const int other = w * 32 + __ffs(bits) - 1;
+                if (key(other) == s) sum += g[other];
             }
         }
-        out[s] = sum;
+        keys[s] = __float_as_uint(sum);
     }
+    __syncthreads();
+    float* out = p.by_key + r * p.key_width;
+    for (int s = threadIdx.x; s < width; s += THREADS) out[s] = keys[s] == NONE ? 0.0f : __uint_as_float(keys[s]);
 }
 
 // --- Gradients.
@@ -461,7 +473,8 @@ __device__ inline void grad(const Distill& p) {
     const int padded = p.padded_heads, shift = __ffs(padded) - 1;
     const Planes &mine = OF_KEYS ? p.k : p.q, &others = OF_KEYS ? p.q : p.k;
     // Keys and vectors of a chunk are fewer than 2^31.
-    const int first_own = blockIdx.x * own, vectors = int(p.count) << shift, keys = int(p.keys);
+    const int vectors = int(p.count) << shift, keys = int(OF_KEYS ? p.first_key + p.own_keys : p.keys);
+    const int first_own = blockIdx.x * own + (OF_KEYS ? int(p.first_key) : 0);
 
     // Range of the others: vectors of a part of the rows, or keys (columns) that the rows see.
     int begin = 0, end = 0;
@@ -520,7 +533,7 @@ __device__ inline void grad(const Distill& p) {
             }
             const uint32_t c_at = c_base + stage * per_stage * 4;
             if (OF_KEYS) {
-                const float* g = p.by_key + (at >> shift) * p.key_width + first_own;
+                const float* g = p.by_key + (at >> shift) * p.key_width + blockIdx.x * own;
                 for (int i = threadIdx.x; i < per_stage / 4; i += threads) {
                     copy16(c_at + i * 16, i < own / 4 ? g + i * 4 : p.weights + at + i * 4 - own, true);
                 }
@@ -655,8 +668,8 @@ KERNEL(64) distill_grad_k_256_f32(PARAMS Distill p) { grad<true, 3, 256, 16>(p);
 KERNEL(THREADS) distill_add_k(PARAMS Distill p) {
     const int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x, padded = p.k.row;
     const int64_t key = i / padded, d = i % padded;
-    if (key >= p.keys || d >= p.dim) return;
+    if (key >= p.own_keys || d >= p.dim) return;
     float sum = 0.0f;
-    for (int64_t part = 0; part < p.parts; ++part) sum += p.partial[(part * p.keys + key) * padded + d];
-    p.grad_k[key * p.grad_k_row + d] += sum;
+    for (int64_t part = 0; part < p.parts; ++part) sum += p.partial[(part * p.own_keys + key) * padded + d];
+    p.grad_k[(p.first_key + key) * p.grad_k_row + d] += sum;
 }

@@ -96,14 +96,14 @@ __device__ inline void add_to_row(const Distill& p, int first, float (&by_weight
 template <int DIM, typename F>
 __device__ inline void store_share(const Distill& p, int keys, int first, F out) {
     const int lane = threadIdx.x % 32;
-    float* to = p.partial + blockIdx.y * p.keys * DIM;
+    float* to = p.partial + blockIdx.y * p.own_keys * DIM;
 #pragma unroll
     for (int d = 0; d < DIM / 8; ++d) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int key = first + 8 * i;
             if (key >= keys) continue;
-            *reinterpret_cast<float2*>(to + int64_t(key) * DIM + d * 8 + lane % 4 * 2) =
+            *reinterpret_cast<float2*>(to + (key - p.first_key) * DIM + d * 8 + lane % 4 * 2) =
                 make_float2(out(d, i, 0), out(d, i, 1));
         }
     }

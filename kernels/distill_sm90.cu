@@ -228,7 +228,9 @@ __device__ inline void grad(const Distill& p) {
     const uint32_t o_base = shared_at(memory), x_base = o_base + 2 * PANEL, c_base = o_base + 6 * PANEL;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int padded = p.padded_heads, shift = __ffs(padded) - 1;
-    const int count = int(p.count), vectors = count << shift, keys = int(p.keys), first_own = blockIdx.x * OWN;
+    const int count = int(p.count), vectors = count << shift;
+    const int first_own = blockIdx.x * OWN + (OF_KEYS ? int(p.first_key) : 0);
+    const int keys = int(OF_KEYS ? p.first_key + p.own_keys : p.keys);
     const int own_row = first_own >> shift;
     const uint16_t* const mine = static_cast<const uint16_t*>(OF_KEYS ? p.k.data : p.q.data);
     const uint16_t* const others = static_cast<const uint16_t*>(OF_KEYS ? p.q.data : p.k.data);
@@ -277,7 +279,7 @@ __device__ inline void grad(const Distill& p) {
             bool there = false;
             if (OF_KEYS && part < 2) {
                 there = at + 32 * part < end;
-                if (there) from = p.by_key + ((at + 32 * part) >> shift) * p.key_width + first_own + four;
+                if (there) from = p.by_key + ((at + 32 * part) >> shift) * p.key_width + blockIdx.x * OWN + four;
             } else if (OF_KEYS) {
                 there = at + four < end;
                 if (there) from = p.weights + at + four;

@@ -285,7 +285,8 @@ struct DistillPack {
 static_assert(sizeof(DistillPack) == 104, "params.rs");
 
 // Distillation of `count` rows from `first` on. Vectors of q and attention_q, and packed `weights`, count from `first`. `scores` and `targets`
-// are [count, width]: by key or, with `indices`, by column; `by_key` is `scores` or, with `indices`, [count, key_width].
+// are [count, width]: by key or, with `indices`, by column. The gradient by the keys takes `own_keys` from `first_key` on: `partial` is
+// [parts, own_keys, dim], and `by_key` is `scores` or, with `indices`, [count, key_width] of these keys.
 struct Distill {
     KeyMap map;
     Planes q;
@@ -322,6 +323,8 @@ struct Distill {
     int64_t columns;
     int64_t topk;
     int64_t width;
+    int64_t first_key;
+    int64_t own_keys;
     int64_t key_width;
     int64_t parts;
     int32_t score_pairs;
@@ -335,7 +338,7 @@ struct Distill {
     float softmax_scale;
     float layer_weight;
 };
-static_assert(sizeof(Distill) == 512, "params.rs");
+static_assert(sizeof(Distill) == 528, "params.rs");
 
 // The indexer on Hopper (indexer_sm90.cu). `prefix` and `sample_prefix` [rows + 1] count tiles of keys and of sampled
 // keys before each row; `size` [rows] is how many rows share a block, at its first row; `lead` [rows] is that row;

@@ -1736,9 +1736,12 @@ fn distill_on_gpu(g: &Gpu, case: &Case) -> Out {
 fn distillation_against_plain_f64() {
     let Some(g) = Gpu::open("distillation") else { return };
     for case in distill::kinds() {
+        if small() && case.values == Values::Ties {
+            continue; // Kernels of the others.
+        }
         let out = distill_on_gpu(&g, &case);
         case.compare_with(CUT_OFF, &out);
-        assert!(distill_on_gpu(&g, &case) == out, "other bits");
+        assert!(small() || distill_on_gpu(&g, &case) == out, "other bits");
     }
     // Up to the largest, around the widths that the code works in, and more than one chunk of rows.
     let shapes: &[([usize; 4], &[usize])] = &[
@@ -1749,9 +1752,11 @@ fn distillation_against_plain_f64() {
         ([33, 129, 65, 192], &[40, 9]),
         ([128, 256, 128, 1024], &[2, 35]),
         ([2, 16, 3, 64], &[700]),
+        // And more than one range of keys.
+        ([2, 16, 3, 64], &[100; 91]),
     ];
     for (i, &(shape, lengths)) in shapes.iter().enumerate() {
-        if small() && i > 3 {
+        if small() && i > 1 {
             break;
         }
         for (values, restricted) in

@@ -20,6 +20,9 @@ const STEP: usize = 64;
 const STAGES: usize = 3;
 /// Most pieces that a chunk's rows are cut into for the gradient by the keys.
 const PARTS: usize = 8;
+/// Most keys, restricted, whose gradients are computed at a time: of a row in shared memory (`RANGE` in
+/// `kernels/distill.cu`), of a chunk's rows in L2.
+const RANGE: usize = 8192;
 
 #[derive(Debug)]
 pub(super) struct Kernels {
@@ -187,11 +190,14 @@ struct Shape {
     variant: usize,
     heads: usize,
     width: usize,
-    key_width: usize,
+    /// Keys whose gradients are computed at a time.
+    range: usize,
     attention_heads: usize,
     attention_dim: usize,
     attention_planes: [usize; 2],
     parts: usize,
+    /// Elements of a row by key, restricted.
+    by_key: usize,
     /// Elements of the gradients by the keys, all parts.
     partial: usize,
 }
@@ -211,18 +217,27 @@ impl Shape {
             ],
         };
         let columns = op.indices.map_or(op.keys, |v| v.shape()[1]);
-        let key_width = op.keys.next_multiple_of(COLUMNS);
-        // Enough blocks for the device, and scratch that never grows when the keys get fewer.
+        // Ranges of nearly one length, but scratch for the longest, so that it never grows when the keys get fewer.
+        let most_keys = op.indices.map_or(op.keys, |_| op.keys.min(RANGE));
+        let range = op.indices.map_or(op.keys, |_| {
+            op.keys.div_ceil(op.keys.div_ceil(RANGE).max(1)).next_multiple_of(COLUMNS)
+        });
+        // Enough blocks for the device.
         let (own, wanted) = (OWN * warps, 4 * sms);
-        let parts = (wanted / op.keys.div_ceil(own).max(1)).clamp(1, PARTS);
-        let most = op.keys.saturating_mul(PARTS).min(op.keys.max(wanted * own));
+        let parts = (wanted / range.div_ceil(own).max(1)).clamp(1, PARTS);
+        let most = most_keys.saturating_mul(PARTS).min(most_keys.max(wanted * own));
         let by_key = op.grad_k.is_some();
         Shape {
             chunk: op.rows.min(ROWS),
             variant,
             heads: pad_heads(op.heads),
             width: columns.next_multiple_of(COLUMNS),
-            key_width: if op.indices.is_some() && by_key { key_width } else { 0 },
+            range,
+            by_key: if op.indices.is_some() && by_key {
+                most_keys.next_multiple_of(COLUMNS)
+            } else {
+                0
+            },
             attention_heads: heads,
             attention_dim: d_qk,
             attention_planes: [of_q, of_kv],
@@ -265,7 +280,7 @@ fn lay(a: &mut Addresses, op: &Distill<'_>, s: &Shape) -> Scratch {
         kv: a.take::<u8>(product(&[2, of_kv, op.keys, s.attention_dim])),
         scores: a.take::<f32>(product(&[s.chunk, s.width])),
         targets: a.take::<f32>(if of_q > 0 { product(&[s.chunk, s.width]) } else { 0 }),
-        by_key: a.take::<f32>(product(&[s.chunk, s.key_width])),
+        by_key: a.take::<f32>(product(&[s.chunk, s.by_key])),
         partial: a.take::<f32>(s.partial),
     }
 }
@@ -389,7 +404,9 @@ impl Cuda {
             columns: 0,
             topk: op.indices.map_or(0, |v| n(v.shape()[1])),
             width: n(s.width),
-            key_width: n(if op.indices.is_some() { s.key_width } else { s.width }),
+            first_key: 0,
+            own_keys: 0,
+            key_width: n(if op.indices.is_some() { s.range } else { s.width }),
             parts: n(s.parts),
             score_pairs: pairs(variant.planes, variant.planes),
             target_pairs: 0,
@@ -522,11 +539,14 @@ impl Cuda {
                     launch(&kernels.grad_q[s.variant], grid, threads, shared, &params)?;
                 }
             }
-            if params.grad_k != 0 {
+            let keys = if params.grad_k != 0 { op.keys } else { 0 };
+            for first_key in (0..keys).step_by(s.range.max(1)) {
+                let own_keys = s.range.min(keys - first_key);
+                (params.first_key, params.own_keys) = (n(first_key), n(own_keys));
                 if !dense {
                     launch(&kernels.scatter, (count, 1), THREADS, 0, &params)?;
                 }
-                let grid = |own: usize| (op.keys.div_ceil(own), s.parts);
+                let grid = |own: usize| (own_keys.div_ceil(own), s.parts);
                 if let Some(sm90) = sm90 {
                     let grid = grid(SM90_OWN);
                     launch(&sm90.grad_k, grid, SM90_GRAD_THREADS, SM90_GRAD_SHARED, &params)?;
@@ -536,7 +556,7 @@ impl Cuda {
                         (32 * variant.warps as u32, variant.shared(variant.warps));
                     launch(&kernels.grad_k[s.variant], grid, threads, shared, &params)?;
                 }
-                let grid = ((op.keys * vector).div_ceil(THREADS as usize), 1);
+                let grid = ((own_keys * vector).div_ceil(THREADS as usize), 1);
                 launch(&kernels.add_k, grid, THREADS, 0, &params)?;
             }
         }
@@ -600,5 +620,8 @@ mod tests {
             let long = bytes(32 << 10, 32 << 10, 128, topk);
             assert!(long < 700 << 20, "{long}");
         }
+        // Restricted, only the packed copies of k and kv, and k's flags, grow with the keys.
+        let [short, long] = [16 << 10, 128 << 10].map(|keys| bytes(5000, keys, 128, Some(2048)));
+        assert_eq!(long - short, (112 << 10) * (2 * 128 + 4 + 2 * 576));
     }
 }

@@ -245,7 +245,7 @@ params! {
         type_: i32,
         planes: i32,
     }
-    struct Distill = 512 {
+    struct Distill = 528 {
         map: KeyMap,
         q: Planes,
         k: Planes,
@@ -281,6 +281,8 @@ params! {
         columns: i64,
         topk: i64,
         width: i64,
+        first_key: i64,
+        own_keys: i64,
         key_width: i64,
         parts: i64,
         score_pairs: i32,
