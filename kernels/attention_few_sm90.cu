@@ -1,15 +1,15 @@
-// Computes: sparse MLA as attention_sm90.cu does, for up to 8, 16 or 32 heads.
+// Computes: sparse MLA as attention_sm90.cu does, for bf16 KV rows and up to 8, 16 or 32 heads.
 // Shapes:   as there; parts of rows too.
 // Idea:     operands exchanged: 64 tokens are wgmma's M and the heads its N, so that few heads cost few products and
 //           few registers, and two blocks share a multiprocessor: one computes while the other gathers. Scores are
 //           summed over columns by both warpgroups (half each), values are 64 columns by 64 tokens, transposed.
-// Roofline: memory: 1152 or 656 bytes a token and row; shared memory feeds a product in 16 cycles, 68 products a tile.
+// Roofline: memory: 1152 bytes a token and row; shared memory feeds a product in 16 cycles, 68 products a tile.
 // Tensor cores: HGMMA
 #include "attention_sm90.cuh"
 
 constexpr int THREADS = 256;
 
-// Dynamic shared memory; `few_shared` in src/backend/cuda/attention.rs mirrors its size.
+// Dynamic shared memory; `bf16_shared` in src/backend/cuda/attention.rs mirrors its size.
 template <int N>
 struct Few {
     uint8_t kv[TILE_BYTES];  // Its last block also carries partial scores from group to group.
@@ -19,9 +19,9 @@ struct Few {
     float best[2][4][N > 8 ? N / 2 : N];
     uint8_t live[TOKENS];
 };
-static_assert(sizeof(Few<8>) == 84320 && sizeof(Few<32>) == 115392, "few_shared");
+static_assert(sizeof(Few<8>) == 84320 && sizeof(Few<32>) == 115392, "bf16_shared");
 
-template <int N, bool FP8>
+template <int N>
 __device__ inline void attend(const AttentionSm90& s) {
     extern __shared__ __align__(1024) uint8_t dynamic[];
     Few<N>& sm = *reinterpret_cast<Few<N>*>(dynamic);
@@ -48,14 +48,6 @@ __device__ inline void attend(const AttentionSm90& s) {
     }
     rows.find(p, index, from);
     rows.load((first + 1) * TOKENS + token0, 32, index);
-    // How far ahead codes are loaded is a matter of registers: a tile, both of a thread's rows, one row.
-    uint4 raw[2][4];
-    float4 scales[2];
-    auto load_two = [&] {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) load_codes(from[i], chunk, raw[i], scales[i]);
-    };
-    if (FP8 && N == 8) load_two();
 
     const float c = p.softmax_scale * LOG2E;
     const uint32_t kv = shared_address(sm.kv), q = shared_address(sm.q), prob = shared_address(sm.prob);
@@ -71,30 +63,14 @@ __device__ inline void attend(const AttentionSm90& s) {
     for (int tile = 0; tile < tiles; ++tile) {
         if (tile > 0) __syncthreads();
         const int token = opaque(token0);
-        if (FP8) {
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                copy16(kv + 8 * BLOCK_BYTES + swizzled(token + 32 * i, chunk), (from[i] ? from[i] + 528 : p.kv) + chunk * 16,
-                       from[i] != nullptr);
-            }
-            if (N == 16) load_two();
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                if (N == 32) load_codes(from[i], chunk, raw[i], scales[i]);
-                store_wide(sm.kv, token + 32 * i, chunk, raw[i], scales[i]);
-                asm volatile("" ::: "memory");
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) copy_row(kv, token + 32 * i, chunk, from[i], p.kv);
-        }
+        for (int i = 0; i < 2; ++i) copy_row(kv, token + 32 * i, chunk, from[i], p.kv);
         if (chunk == 0) {
             sm.live[token0] = from[0] != nullptr;
             sm.live[token0 + 32] = from[1] != nullptr;
         }
         rows.find(p, index, from);
         rows.load((first + tile + 2) * TOKENS + token0, 32, index);
-        if (FP8 && N == 8) load_two();
         wait_copies<0>();
         fence_async();
         __syncthreads();
@@ -236,12 +212,7 @@ __device__ inline void attend(const AttentionSm90& s) {
 }
 
 #define FEW(N)                                                                                                         \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_bf16_##N(PARAMS AttentionSm90 p) {              \
-        attend<N, false>(p);                                                                                           \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_fp8_##N(PARAMS AttentionSm90 p) {               \
-        attend<N, true>(p);                                                                                            \
-    }
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_few_##N(PARAMS AttentionSm90 p) { attend<N>(p); }
 FEW(8)
 FEW(16)
 FEW(32)

@@ -1,4 +1,4 @@
-// Checks attention_sm90.cu against sums in f64 on the host, then times it. Stand-alone:
+// Checks attention_sm90.cu and the kernels for few heads against sums in f64 on the host, then times it. Stand-alone:
 //   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -o attention_sm90 attention_sm90.cu
 #include <cuda_runtime.h>
 
@@ -17,6 +17,9 @@ namespace wide {
 }
 namespace few {
 #include "../attention_few_sm90.cu"
+}
+namespace few_fp8 {
+#include "../attention_few_fp8_sm90.cu"
 }
 
 #define CK(x)                                                                        \
@@ -77,6 +80,22 @@ __global__ void fill(uint8_t* kv, int64_t rows, int fp8) {
 static int sms = 132;
 static bool only_wide = false;
 
+// The kernels for few heads, as src/backend/cuda/attention.rs chooses them.
+struct FewKernel {
+    int fp8, heads;
+    void (*kernel)(AttentionSm90);
+    int threads, shared;
+};
+static const FewKernel few_kernels[] = {
+    {0, 8, few::attention_few_8, 256, sizeof(few::Few<8>)},
+    {0, 16, few::attention_few_16, 256, sizeof(few::Few<16>)},
+    {0, 32, few::attention_few_32, 256, sizeof(few::Few<32>)},
+    {1, 8, few_fp8::attention_few_fp8_8, 128, sizeof(few_fp8::Few<8, 8, 1>)},
+    {1, 16, few_fp8::attention_few_fp8_16, 128, sizeof(few_fp8::Few<16, 16, 1>)},
+    {1, 20, few_fp8::attention_few_fp8_20, 128, sizeof(few_fp8::Few<24, 20, 2>)},
+    {1, 32, few_fp8::attention_few_fp8_32, 128, sizeof(few_fp8::Few<32, 32, 1>)},
+};
+
 static bool uses_few(const AttentionSm90& s) { return s.a.heads <= 32 && !only_wide; }
 static int head_tiles(const AttentionSm90& s) { return (s.a.heads + wide::HEADS - 1) / wide::HEADS; }
 
@@ -122,12 +141,10 @@ void Launcher::operator()(AttentionSm90 s, int64_t rows, cudaStream_t stream) {
         if (!uses_few(s)) {
             launch_one(fp8 ? wide::attention_fp8 : wide::attention_bf16, dim3(parts * head_tiles(s)), wide::THREADS,
                        sizeof(wide::Shared), true, s, stream);
-        } else if (s.a.heads <= 8) {
-            launch_one(fp8 ? few::attention_fp8_8 : few::attention_bf16_8, parts, 256, sizeof(few::Few<8>), true, s, stream);
-        } else if (s.a.heads <= 16) {
-            launch_one(fp8 ? few::attention_fp8_16 : few::attention_bf16_16, parts, 256, sizeof(few::Few<16>), true, s, stream);
         } else {
-            launch_one(fp8 ? few::attention_fp8_32 : few::attention_bf16_32, parts, 256, sizeof(few::Few<32>), true, s, stream);
+            const FewKernel* k = few_kernels;
+            while (k->fp8 != fp8 || k->heads < s.a.heads) ++k;
+            launch_one(k->kernel, parts, k->threads, k->shared, true, s, stream);
         }
         if (s.splits > 1) launch_one(wide::attention_combine, dim3(rows, s.a.heads), 128, 0, true, s, stream);
 }
@@ -418,20 +435,15 @@ static void time(const char* name, int requests, int queries, int heads, int64_t
 int main(int argc, char** argv) {
     const std::string what = argc > 1 ? argv[1] : "all";
     if (argc > 2) filter = argv[2];
-    auto allow = [](auto kernel, size_t bytes) {
+    auto allow = [](auto kernel, int threads, size_t bytes) {
         CK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
         int blocks;
-        CK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 256, bytes));
+        CK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, bytes));
         printf("shared %zu blocks %d\n", bytes, blocks);
     };
-    allow(wide::attention_bf16, sizeof(wide::Shared));
-    allow(wide::attention_fp8, sizeof(wide::Shared));
-    allow(few::attention_bf16_8, sizeof(few::Few<8>));
-    allow(few::attention_fp8_8, sizeof(few::Few<8>));
-    allow(few::attention_bf16_16, sizeof(few::Few<16>));
-    allow(few::attention_fp8_16, sizeof(few::Few<16>));
-    allow(few::attention_bf16_32, sizeof(few::Few<32>));
-    allow(few::attention_fp8_32, sizeof(few::Few<32>));
+    allow(wide::attention_bf16, wide::THREADS, sizeof(wide::Shared));
+    allow(wide::attention_fp8, wide::THREADS, sizeof(wide::Shared));
+    for (const FewKernel& k : few_kernels) allow(k.kernel, k.threads, k.shared);
     if (what == "check" || what == "all") {
         check({"one tile", 1, 64, 64, 0, 1});
         check({"two tiles", 1, 64, 128, 0, 1});
@@ -453,7 +465,7 @@ int main(int argc, char** argv) {
         check({"heads 100", 3, 100, 2048, 0, 0});
         check({"heads 128 split", 2, 128, 2048, 1, 32, 0, 0, 1, 1});
         check({"nothing, split", 2, 64, 256, 1, 4, 2, 0, 1});
-        for (int heads : {1, 5, 8, 9, 16, 20, 31, 32}) {
+        for (int heads : {1, 5, 8, 9, 16, 19, 20, 21, 32}) {
             for (int fp8 : {0, 1}) {
                 check({"few", 3, heads, 128, fp8, 1});
                 check({"few, holes", 9, heads, 600, fp8, 1, 1, 0, 1, 1, 1});
@@ -473,7 +485,7 @@ int main(int argc, char** argv) {
     }
     if (what == "time" || what == "all") {
         CK(cudaMalloc(&pool, POOL));
-        for (int heads : {8, 20, 64, 128}) {
+        for (int heads : {8, 16, 20, 32, 64, 128}) {
             for (int fp8 : {1, 0}) {
                 for (int requests : {1, 16, 64}) {
                     char name[64];
@@ -483,7 +495,7 @@ int main(int argc, char** argv) {
                         snprintf(name, 64, "decode fp8 B64 q2 h%d", heads);
                         time(name, requests, 2, heads, 32768, fp8, 1, 0, false);
                     }
-                    if (requests == 1 && fp8 && heads != 20) time("  16 splits", 1, 1, heads, 32768, 1, 1, 16, false);
+                    if (requests == 1 && fp8 && (heads == 8 || heads >= 64)) time("  16 splits", 1, 1, heads, 32768, 1, 1, 16, false);
                 }
             }
         }
@@ -501,6 +513,12 @@ int main(int argc, char** argv) {
         time("prefill bf16 h8 kv131072 asc", 4096, 1, 8, 131072, 0, 1, 1, true);
         time("prefill bf16 h20 kv131072 asc", 4096, 1, 20, 131072, 0, 1, 1, true);
         time("prefill fp8 h8 kv131072 asc", 4096, 1, 8, 131072, 1, 1, 1, true);
+        time("prefill fp8 h16 kv131072 asc", 4096, 1, 16, 131072, 1, 1, 1, true);
+        time("prefill fp8 h20 kv131072 asc", 4096, 1, 20, 131072, 1, 1, 1, true);
+        time("prefill fp8 h32 kv131072 asc", 4096, 1, 32, 131072, 1, 1, 1, true);
+        time("prefill fp8 h20 kv131072 random", 4096, 1, 20, 131072, 1, 0, 1, true);
+        time("prefill fp8 h20 kv131072 90 % shared", 4096, 1, 20, 131072, 1, 2, 1, true);
+        time("prefill fp8 h20 8192 rows kv200000 asc", 8192, 1, 20, 200000, 1, 1, 1, true);
         time("prefill bf16 h64 kv32768 asc", 4096, 1, 64, 32768, 0, 1, 1, true);
         time("prefill bf16 h64 kv131072 asc", 4096, 1, 64, 131072, 0, 1, 1, true);
         time("prefill bf16 h128 kv131072 asc", 4096, 1, 128, 131072, 0, 1, 1, true);

@@ -1,4 +1,5 @@
-//! Sparse attention on Hopper: `kernels/attention_sm90.cu`.
+//! Sparse attention on Hopper: `kernels/attention_sm90.cu`, and for few heads `kernels/attention_few_sm90.cu` (bf16
+//! rows) and `kernels/attention_few_fp8_sm90.cu`.
 
 use super::KV_FP8;
 use super::driver::{Gpu, Kernel};
@@ -9,9 +10,8 @@ use crate::layout::{Addresses, Workspace, with_slack};
 use crate::ops::*;
 use std::sync::Arc;
 
-/// Threads of the blocks: for many heads, for few, and that combine.
+/// Threads of the blocks: for many heads, and that combine.
 const WIDE_THREADS: u32 = 512;
-const FEW_THREADS: u32 = 256;
 const COMBINE_THREADS: u32 = 128;
 /// Heads of a block, and tokens of a tile.
 const HEADS: usize = 64;
@@ -20,14 +20,31 @@ const D_QK: usize = 576;
 const D_V: usize = 512;
 /// `Shared`.
 const WIDE_SHARED: u32 = 222_160;
-/// Most heads of the kernels for few.
-const FEW_HEADS: [usize; 3] = [8, 16, 32];
+/// Most heads of the kernels for few, and how many of their blocks share a multiprocessor where rows are split.
+const FEW_HEADS: usize = 32;
+const FEW_BLOCKS: usize = 2;
 
-/// `Few`, rounded up to its alignment.
-const fn few_shared(heads: usize) -> u32 {
+/// `Few` of `attention_few_sm90.cu`.
+const fn bf16_shared(heads: usize) -> u32 {
     let own = if heads > 8 { heads / 2 } else { heads };
     let tile = TOKENS * D_QK * 2 + heads * D_QK * 2 + TOKENS * heads * 2;
     (tile + 4 * heads + 4 * 8 * own + TOKENS) as u32
+}
+
+/// `Few` of `attention_few_fp8_sm90.cu`; `n` is `heads` rounded up to eight.
+const fn fp8_shared(heads: usize, stages: usize) -> u32 {
+    let n = heads.next_multiple_of(8);
+    let numbers = stages * TOKENS * 656 + D_QK * heads * 2 + TOKENS * n * 2;
+    (numbers + 4 * (6 * n + 4) + 8 * TOKENS + 8 * stages) as u32
+}
+
+/// A kernel for up to `heads` heads.
+#[derive(Debug)]
+struct Few {
+    heads: usize,
+    kernel: Kernel,
+    threads: u32,
+    shared: u32,
 }
 
 /// The kernels, for bf16 and for fp8.
@@ -35,7 +52,7 @@ const fn few_shared(heads: usize) -> u32 {
 pub(super) struct Attention {
     gpu: Arc<Gpu>,
     wide: [Kernel; 2],
-    few: [[Kernel; 2]; 3],
+    few: [Vec<Few>; 2],
     combine: Kernel,
 }
 
@@ -69,22 +86,32 @@ impl Attention {
     pub(super) fn load(gpu: &Arc<Gpu>) -> Result<Option<Self>> {
         const WIDE: &str = "attention_sm90";
         const FEW: &str = "attention_few_sm90";
-        if !(gpu.has(WIDE) && gpu.has(FEW)) {
+        const FEW_FP8: &str = "attention_few_fp8_sm90";
+        if ![WIDE, FEW, FEW_FP8].iter().all(|file| gpu.has(file)) {
             return Ok(None);
         }
-        let few = |bf16, fp8, heads| -> Result<[Kernel; 2]> {
-            let shared = few_shared(heads);
-            Ok([gpu.kernel(FEW, bf16, shared)?, gpu.kernel(FEW, fp8, shared)?])
+        let few = |file, name, heads, threads, shared| -> Result<Few> {
+            Ok(Few { heads, kernel: gpu.kernel(file, name, shared)?, threads, shared })
         };
+        let bf16 = |name, heads| few(FEW, name, heads, 256, bf16_shared(heads));
+        let fp8 = |name, heads, stages| few(FEW_FP8, name, heads, 128, fp8_shared(heads, stages));
         Ok(Some(Attention {
             wide: [
                 gpu.kernel(WIDE, c"attention_bf16", WIDE_SHARED)?,
                 gpu.kernel(WIDE, c"attention_fp8", WIDE_SHARED)?,
             ],
             few: [
-                few(c"attention_bf16_8", c"attention_fp8_8", 8)?,
-                few(c"attention_bf16_16", c"attention_fp8_16", 16)?,
-                few(c"attention_bf16_32", c"attention_fp8_32", 32)?,
+                vec![
+                    bf16(c"attention_few_8", 8)?,
+                    bf16(c"attention_few_16", 16)?,
+                    bf16(c"attention_few_32", 32)?,
+                ],
+                vec![
+                    fp8(c"attention_few_fp8_8", 8, 1)?,
+                    fp8(c"attention_few_fp8_16", 16, 1)?,
+                    fp8(c"attention_few_fp8_20", 20, 2)?,
+                    fp8(c"attention_few_fp8_32", 32, 1)?,
+                ],
             ],
             combine: gpu.kernel(WIDE, c"attention_combine", 0)?,
             gpu: gpu.clone(),
@@ -93,8 +120,7 @@ impl Attention {
 
     /// Blocks that run at a time.
     fn blocks(&self, heads: usize) -> usize {
-        let few = FEW_HEADS.last().is_some_and(|&most| heads <= most);
-        self.gpu.sms * if few { 2 } else { 1 }
+        self.gpu.sms * if heads <= FEW_HEADS { FEW_BLOCKS } else { 1 }
     }
 
     /// Bytes of workspace for these shapes or smaller ones. Parts of rows are no more than the blocks that run at a
@@ -141,9 +167,9 @@ impl Attention {
             split_tiles: small(split_tiles),
         };
         let fp8 = usize::from(p.kv_format == KV_FP8);
-        let few = FEW_HEADS.iter().zip(&self.few).find(|(most, _)| op.heads <= **most);
+        let few = self.few[fp8].iter().find(|few| op.heads <= few.heads);
         let (kernel, threads, shared) = match few {
-            Some((&heads, kernels)) => (&kernels[fp8], FEW_THREADS, few_shared(heads)),
+            Some(few) => (&few.kernel, few.threads, few.shared),
             None => (&self.wide[fp8], WIDE_THREADS, WIDE_SHARED),
         };
         let grid = (op.rows.saturating_mul(splits * head_tiles), 1);
