@@ -4,14 +4,15 @@
 //           or in page-planar pages of 64 -> scores f32 or bf16 [rows, columns], or int32 [rows, k].
 // Idea:     a block of 8 rows (4 with more than 32 heads) lies in shared memory as 256 columns, ordered so that each
 //           thread of a wgmma fragment has all heads of its own queries: relu, weights and the sum over heads need no
-//           exchange. One warp brings key tiles by the copy engine; two warpgroups take turns, one multiplying while
-//           the other sums up. A score meets a threshold taken from a sample of its row and, if it reaches it, goes
+//           exchange. One warp brings key tiles by the copy engine; two warpgroups multiply and sum up, each a tile of
+//           its own. A score meets a threshold taken from a sample of its row and, if it reaches it, goes
 //           to a list; the k best of a row are exactly the k best of its lists. A list that fills is cut to its k
 //           best, which gives a threshold that cannot be wrong; a sample that promised too much costs its block a
 //           second scoring, from no threshold. Scores never reach memory; lists take O(rows * k).
 // Tensor cores: QGMMA
 // Roofline: 2 * heads * 128 flop a score at the fp8 tensor rate; a tile of 64 keys x 256 columns is 512 tensor cycles
 //           against about 300 issued instructions a warp scheduler.
+#include <limits.h>
 #include <math_constants.h>
 
 #include "indexer_sm90.cuh"
@@ -30,15 +31,13 @@ template <int HEADS>
 struct Shape {
     static constexpr int ROWS = COLUMNS / HEADS;  // Rows of a block.
     static constexpr int OWN = ROWS / 4;          // Rows that a thread sums up.
-    static constexpr bool TURNS = HEADS == 64;    // Measured: 5 % faster with 64 heads, 4 % slower with 32.
     static constexpr int PITCH = HEADS + 4;       // Of the weights in shared memory: no two rows on one bank.
 };
 
 constexpr int BINS = 2048;
-struct Radix {
+struct alignas(16) Radix {
     uint32_t histogram[BINS];
-    uint32_t warp_sum[CONSUMERS / 32];
-    uint32_t any[2], all[2];
+    uint32_t warp_sum[8], any[8], all[8];  // A warp's.
     int bin, want, count;
 };
 
@@ -52,18 +51,18 @@ struct Shared {
     uint8_t q[2][COLUMNS * DIM];
     uint8_t k[STAGES][KEYS * DIM];
     float scales[STAGES][KEYS];
-    uint2 held[32][CONSUMERS];  // Score and position.
+    uint2 held[2 * HELD][CONSUMERS];  // Score and position.
     float weights[2][8 * 36];
     Segment segments[2];
     float thresholds[2][8];
     int lengths[2][8];
-    uint64_t full[STAGES], empty[STAGES], q_full[2], q_empty[2], turn[WARPGROUPS], epoch;
+    uint64_t full[STAGES], empty[STAGES], q_full[2], q_empty[2], epoch;
     uint32_t calls[4];  // Epochs in which somebody asked for a look; warps are at most two apart.
     int counts[8], totals[CONSUMERS / 32];
     Radix radix;
 };
 constexpr int SCORE_SHARED = sizeof(Shared) + 1024;  // Aligned by hand.
-static_assert(SCORE_SHARED == 210672, "src/backend/cuda/indexer_sm90.rs");
+static_assert(SCORE_SHARED == 210704, "src/backend/cuda/indexer_sm90.rs");
 
 // --- Which tiles of which rows a CTA takes; the producer goes through them and tells the consumers.
 
@@ -80,7 +79,7 @@ struct Walk {
     int row, unit, end;
 
     __device__ Walk(const IndexerSm90& params) : p(params), prefix(MODE == SAMPLE ? p.sample_prefix : p.prefix) {
-        if (MODE == LOGITS) {
+        if (!planned()) {
             unit = blockIdx.x, end = groups() * p.splits, row = -1;
         } else if (MODE == FILTER && p.retry) {
             row = p.again[p.ix.rows] ? blockIdx.x : int(p.ix.rows);
@@ -96,10 +95,12 @@ struct Walk {
         }
     }
 
+    __device__ bool planned() const { return MODE != LOGITS || p.prefix; }
+
     __device__ int groups() const { return (int(p.ix.rows) + Shape<HEADS>::ROWS - 1) / Shape<HEADS>::ROWS; }
 
     __device__ bool next(Segment& s) {
-        if (MODE == LOGITS) return next_of_grid(s);
+        if (!planned()) return next_of_grid(s);
         if (MODE == FILTER && p.retry) {
             while (row < p.ix.rows && !p.again[row]) row += gridDim.x;
             if (row >= p.ix.rows) return false;
@@ -171,18 +172,14 @@ __device__ inline int samples_of(int length, int k, int all) {
 // Scores that a list takes without a threshold.
 __device__ inline int takes_all(const IndexerSm90& p) { return p.capacity - MARGIN; }
 
-// The longest row of a block that is not taken whole.
+// The longest row of a block that is not taken whole. A warp calls.
 __device__ inline int longest_of(const IndexerSm90& p, int row, int rows) {
-    int longest = 0;
-    for (int i = 0; i < rows; ++i) {
-        const int length = int(length_of(p.ix.map, row + i));
-        if (length > p.k) longest = max(longest, length);
-    }
-    return longest;
+    const int lane = threadIdx.x % 32, length = lane < rows ? p.lengths[row + lane] : 0;
+    return __reduce_max_sync(~0u, length > p.k ? length : 0);
 }
 
-// --- The k-th largest of different keys, all 256 threads of barrier ID: eleven bits a round, from the first in which
-// they differ. `each(f)` calls f with every key, spread over the threads.
+// --- The k-th largest, all 256 threads of barrier ID: eleven bits a round, from the first in which the words differ.
+// `each(f)` calls f(word, whether there is one), spread over the threads.
 
 // The bin that holds the k-th, how many are wanted of it and how many it has.
 template <int ID>
@@ -217,43 +214,55 @@ __device__ inline void find_bin(Radix& s, int tid, int wanted) {
     sm90::sync<ID, 256>();
 }
 
-// Bits set in some and in all keys; `any` and `all` start with this thread's.
-template <int ID>
-__device__ inline void common_bits(Radix& s, int tid, uint64_t& any, uint64_t& all) {
-    if (tid < 2) s.any[tid] = 0, s.all[tid] = ~0u;
-    sm90::sync<ID, 256>();
-    const uint32_t any_hi = __reduce_or_sync(~0u, uint32_t(any >> 32)), any_lo = __reduce_or_sync(~0u, uint32_t(any));
-    const uint32_t all_hi = __reduce_and_sync(~0u, uint32_t(all >> 32)), all_lo = __reduce_and_sync(~0u, uint32_t(all));
-    if (tid % 32 == 0) {
-        atomicOr(&s.any[0], any_lo), atomicOr(&s.any[1], any_hi);
-        atomicAnd(&s.all[0], all_lo), atomicAnd(&s.all[1], all_hi);
-    }
-    sm90::sync<ID, 256>();
-    any = uint64_t(s.any[1]) << 32 | s.any[0], all = uint64_t(s.all[1]) << 32 | s.all[0];
-}
+// Words of at least `least` are in; of the last bin `want` of its `count`.
+struct Kth {
+    uint32_t least;
+    int want, count;
+};
 
-// The least key that is in. Up to `slack` more than k may be.
+// Of n words. Up to `slack` more than k may be in.
 template <int ID, class Each>
-__device__ inline uint64_t kth_key(Radix& s, int tid, int k, int slack, uint64_t any, uint64_t all, Each each) {
-    int open = 64 - __clzll(any ^ all);  // Bits yet to be found.
-    uint64_t prefix = open < 64 ? any >> open : 0;
+__device__ inline Kth kth_word(Radix& s, int tid, int k, int n, int slack, Each each) {
+    uint32_t any = 0, all = ~0u;
+    each([&](uint32_t word, bool there) { any |= there ? word : 0, all &= there ? word : ~0u; });
+    any = __reduce_or_sync(~0u, any), all = __reduce_and_sync(~0u, all);
+    sm90::sync<ID, 256>();  // The last call's have been read.
+    if (tid % 32 == 0) s.any[tid / 32] = any, s.all[tid / 32] = all;
+    sm90::sync<ID, 256>();
+    for (int w = 0; w < 8; ++w) any |= s.any[w], all &= s.all[w];
+    int open = 32 - __clz(any ^ all);  // Bits yet to be found.
+    uint32_t known = open < 32 ? ~0u << open : 0, least = any & known;
     while (open > 0) {
         const int shift = max(open - 11, 0);
         const uint32_t bins = (1u << (open - shift)) - 1;
         uint4* quads = reinterpret_cast<uint4*>(s.histogram);
         quads[tid] = quads[tid + 256] = make_uint4(0, 0, 0, 0);
         sm90::sync<ID, 256>();
-        each([&](uint64_t key) {
-            if (open == 64 || key >> open == prefix) atomicAdd(&s.histogram[key >> shift & bins], 1);
+        each([&](uint32_t word, bool there) {
+            if (there & ((word & known) == least)) atomicAdd(&s.histogram[word >> shift & bins], 1);
         });
         sm90::sync<ID, 256>();
         find_bin<ID>(s, tid, k);
-        prefix = prefix << (open - shift) | uint32_t(s.bin);
-        k = s.want;
+        k = s.want, n = s.count;
+        least |= uint32_t(s.bin) << shift;
+        known = ~0u << shift;
         open = shift;
-        if (s.count - k <= slack) break;
+        if (n - k <= slack) break;
     }
-    return prefix << open;
+    return {least, k, n};
+}
+
+// Of n different keys: the least that is in.
+template <int ID, class Each>
+__device__ inline uint64_t kth_key(Radix& s, int tid, int k, int n, Each each) {
+    const Kth high = kth_word<ID>(s, tid, k, n, 0, [&](auto f) {
+        each([&](uint64_t key, bool there) { f(uint32_t(key >> 32), there); });
+    });
+    if (high.want == high.count) return uint64_t(high.least) << 32;
+    const Kth low = kth_word<ID>(s, tid, high.want, high.count, 0, [&](auto f) {
+        each([&](uint64_t key, bool there) { f(uint32_t(key), there & (uint32_t(key >> 32) == high.least)); });
+    });
+    return uint64_t(high.least) << 32 | low.least;
 }
 
 // Larger is better: score, then the lower position.
@@ -288,13 +297,15 @@ __device__ inline void bring_queries(
     for (int i = lane; i < COLUMNS; i += 32) {
         const int row = i / HEADS, head = i % HEADS;
         const bool there = row < sg.rows && head < p.ix.heads;
-        s.weights[half][row * S::PITCH + head] = there ? p.ix.weights[(sg.row + row) * p.ix.weights_row + head] : 0.0f;
+        const float weight = there ? p.ix.weights[(sg.row + row) * p.ix.weights_row + head] : 0.0f;
+        const bool twice = (HEADS == 64 ? head / 2 : head) % 2 == 0;  // See `relu`.
+        s.weights[half][row * S::PITCH + head] = twice ? 0.5f * weight : weight;
     }
     if (lane == 0) s.segments[half] = sg;
     if (lane < S::ROWS) {
         const int row = sg.row + lane;
-        int length = lane < sg.rows ? int(length_of(p.ix.map, row)) : 0;
-        if (MODE == LOGITS) length = int(min(int64_t(length), p.columns));
+        int length = 0;
+        if (lane < sg.rows) length = p.lengths ? p.lengths[row] : int(min(length_of(p.ix.map, row), p.columns));
         if (MODE == FILTER) {
             if (length <= p.k) length = 0;
             s.thresholds[half][lane] = length == 0 ? CUDART_NAN_F : p.retry ? -CUDART_INF_F : p.thresholds[row];
@@ -417,18 +428,24 @@ struct Consumer {
     using S = Shape<HEADS>;
     const IndexerSm90& p;
     Shared& s;
-    const int tid = threadIdx.x, warpgroup = tid / 128, warp = tid / 32 % 4, lane = tid % 32;
+    const int tid = threadIdx.x, warpgroup = sm90::uniform(tid / 128), warp = tid / 32 % 4, lane = tid % 32;
     const int group = lane / 4, column = lane % 4;
     Segment sg;
     float weights[2][32];
     float threshold[S::OWN];
     int length[S::OWN];
-    uint32_t held[S::OWN];  // Survivors of this thread that wait in shared memory.
+    int64_t out_row[S::OWN];
+    int shortest;           // Of the rows that threads of this warp score.
+    uint32_t next[S::OWN];  // Where in shared memory this thread's next survivor waits; row e's HELD places further.
+    uint32_t first, last;   // The first of these, and the last with room for a tile's.
     uint32_t strict;        // Bit i: an equal of threshold i comes too late.
     uint32_t epoch = 0;     // Counts on over segments.
     Sampling sampling{0, 0};
 
-    __device__ Consumer(const IndexerSm90& params, Shared& shared) : p(params), s(shared) {}
+    __device__ Consumer(const IndexerSm90& params, Shared& shared) : p(params), s(shared) {
+        first = sm90::smem(&s.held[0][tid]), last = first + (HELD - 2) * HELD_STEP;
+        asm volatile("" : "+r"(first), "+r"(last));  // Kept, not made anew for each tile.
+    }
 
     // Of the block; the thread's own rows are `column * OWN` and the next.
     __device__ int own(int e) const { return column * S::OWN + e; }
@@ -457,11 +474,14 @@ struct Consumer {
         return p.lists + (sg.row + row + S::ROWS * cta) * p.capacity;
     }
 
+    static constexpr int HELD_STEP = CONSUMERS * 8;  // Bytes from one survivor of a thread to its next.
+
     // What a warp's threads hold goes to the lists.
     __device__ void flush() {
 #pragma unroll
         for (int e = 0; e < S::OWN; ++e) {
-            int before = held[e];  // With the lanes of the same row before this one.
+            const int held = (next[e] - first) / HELD_STEP;
+            int before = held;  // With the lanes of the same row before this one.
             for (int d = 4; d < 32; d *= 2) {
                 const int other = __shfl_up_sync(~0u, before, d);
                 if (lane >= d) before += other;
@@ -473,13 +493,23 @@ struct Consumer {
                 const bool call = (at < p.k && at + before >= p.k) || at + before > takes_all(p);
                 if (call) atomicExch(&s.calls[epoch % 4], epoch);
             }
-            at = __shfl_sync(~0u, at, 28 + column) + before - int(held[e]);
+            at = __shfl_sync(~0u, at, 28 + column) + before - held;
             uint64_t* to = list(own(e)) + at;
-            for (int i = 0; i < int(held[e]); ++i) {
-                const uint2 x = s.held[e * HELD + i][tid];
-                to[i] = key_of(__uint_as_float(x.x), x.y);
+            // Loads before stores, eight at a time: the warpgroup's next product waits for this warp.
+#pragma unroll 1
+            for (int done = 0; __any_sync(~0u, done < held); done += 8) {
+                uint64_t key[8];
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const uint2 x = s.held[e * HELD + done + i][tid];
+                    key[i] = key_of(__uint_as_float(x.x), x.y);
+                }
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    if (done + i < held) to[done + i] = key[i];
+                }
             }
-            held[e] = 0;
+            next[e] = first;
         }
     }
 
@@ -488,12 +518,9 @@ struct Consumer {
         uint64_t* keys = list(row);
         const int n = s.counts[row];
         const auto each = [&](auto f) {
-            for (int i = tid; i < n; i += CONSUMERS) f(keys[i]);
+            for (int i = tid; i < n; i += CONSUMERS) f(keys[i], true);
         };
-        uint64_t any = 0, all = ~uint64_t(0);
-        each([&](uint64_t key) { any |= key, all &= key; });
-        common_bits<1>(s.radix, tid, any, all);
-        const uint64_t kth = kth_key<1>(s.radix, tid, p.k, 0, any, all, each);
+        const uint64_t kth = kth_key<1>(s.radix, tid, p.k, n, each);
         int kept = 0;
         for (int base = 0; base < n; base += CONSUMERS) {
             const uint64_t key = base + tid < n ? keys[base + tid] : 0;
@@ -541,72 +568,108 @@ struct Consumer {
         load_weights(half);  // Not kept over the cuts.
     }
 
-    // Scores of two keys for each of the thread's rows.
-    __device__ void put(int tile, float scale0, float scale1, const float (&acc)[128]) {
+
+    // Of every second head twice as much, by the pipe of the sums; `bring_queries` halves its weight. Both keep NaN.
+    static __device__ float relu(float x, int j) {
+        if (j % 2 == 0) return x + fabsf(x);
+        float y;
+        asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+        return y;
+    }
+
+    // Survivors of a tile at `begin`. With INSIDE, all rows see all of it.
+    template <bool INSIDE>
+    __device__ void keep(int begin, const float (&score)[2][S::OWN]) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int at = begin + 16 * warp + group + 8 * i;
+#pragma unroll
+            for (int e = 0; e < S::OWN; ++e) {
+                // NaN ranks with -inf.
+                bool in = (score[i][e] >= threshold[e]) | (threshold[e] == -CUDART_INF_F);
+                if (!INSIDE) in &= uint32_t(at) < uint32_t(length[e]);
+                if (in) {
+                    sm90::store_2(next[e] + e * HELD * HELD_STEP, __float_as_uint(score[i][e]), at);
+                    next[e] += HELD_STEP;
+                }
+            }
+        }
+    }
+
+    // Scores of two keys for each of the thread's rows, of the tile at `begin`.
+    __device__ void put(int begin, float scale0, float scale1, const float (&acc)[128]) {
         float sum[2][2] = {};
 #pragma unroll
         for (int j = 0; j < 32; ++j) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
 #pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    float relu;
-                    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(relu) : "f"(acc[4 * j + 2 * i + e]));
-                    sum[i][e] = fmaf(weights[e][j], relu, sum[i][e]);
-                }
+                for (int e = 0; e < 2; ++e) sum[i][e] = fmaf(weights[e][j], relu(acc[4 * j + 2 * i + e], j), sum[i][e]);
             }
         }
+        float score[2][S::OWN];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int at = tile * KEYS - sg.shift + 16 * warp + group + 8 * i;
-            const float scale = i ? scale1 : scale0;
 #pragma unroll
             for (int e = 0; e < S::OWN; ++e) {
-                const float score = (S::OWN == 2 ? sum[i][e] : sum[i][0] + sum[i][1]) * scale;
-                if (MODE == FILTER) {
-                    const float known = fmaxf(score, -CUDART_INF_F);  // NaN ranks with -inf.
-                    if (known >= threshold[e] && uint32_t(at) < uint32_t(length[e])) {
-                        s.held[e * HELD + held[e]][tid] = make_uint2(__float_as_uint(known), at);
-                        ++held[e];
-                    }
-                } else if (MODE == SAMPLE) {
-                    const float known = fmaxf(score, -CUDART_INF_F);
-                    const int position = sampling.position(at);
-                    if (own(e) < sg.rows) {
-                        float* to = p.samples + (sg.row + own(e)) * int64_t(SAMPLES) + at;
-                        *to = position < length[e] ? known : -CUDART_INF_F;
-                    }
-                } else if (uint32_t(at) < uint32_t(length[e])) {
-                    // One NaN and one zero, whatever the arithmetic made.
-                    const float plain = isnan(score) ? CUDART_NAN_F : score + 0.0f;
-                    store_float(p.out, p.out_type, (sg.row + own(e)) * p.out_row + at, plain);
-                }
+                score[i][e] = (S::OWN == 2 ? sum[i][e] : sum[i][0] + sum[i][1]) * (i ? scale1 : scale0);
             }
         }
+        const bool inside = begin >= 0 && begin + KEYS <= shortest;
         if (MODE == FILTER) {
+            if (inside) {
+                keep<true>(begin, score);
+            } else {
+                keep<false>(begin, score);
+            }
             bool many = false;
 #pragma unroll
-            for (int e = 0; e < S::OWN; ++e) many |= held[e] > HELD - 2;
+            for (int e = 0; e < S::OWN; ++e) many |= next[e] > last;
             if (__any_sync(~0u, many)) flush();
+        }
+#pragma unroll
+        for (int i = 0; MODE != FILTER && i < 2; ++i) {
+            const int at = begin + 16 * warp + group + 8 * i;
+            const int position = MODE == SAMPLE ? sampling.position(at) : at;
+#pragma unroll
+            for (int e = 0; e < S::OWN; ++e) {
+                if (MODE == SAMPLE) {
+                    if (own(e) < sg.rows) {
+                        float* to = p.samples + (sg.row + own(e)) * int64_t(SAMPLES) + at;
+                        *to = position < length[e] ? fmaxf(score[i][e], -CUDART_INF_F) : -CUDART_INF_F;
+                    }
+                } else if (inside || uint32_t(at) < uint32_t(length[e])) {
+                    // One zero; what the arithmetic makes NaN is one already.
+                    store_float(p.out, p.out_type, out_row[e] + at, score[i][e] + 0.0f);
+                }
+            }
         }
     }
 
     __device__ void run() {
-        uint32_t base = 0;  // Tiles of earlier segments.
+        uint32_t base = 0;          // Tiles of earlier segments.
+        uint32_t mine = warpgroup;  // This warpgroup's next tile, counted like those.
+        const uint32_t keys = sm90::uniform(sm90::descriptor_low(s.k[0]));
         float acc[128];
         for (uint32_t n = 0;; ++n) {
             const uint32_t half = n % 2;
             sm90::wait(&s.q_full[half], n / 2 % 2);
-            sg = s.segments[half];
+            const Segment& told = s.segments[half];
+            sg = {sm90::uniform(told.row), sm90::uniform(told.rows), sm90::uniform(told.first),
+                  sm90::uniform(told.last), sm90::uniform(told.shift)};
             if (sg.rows == 0) break;
             load_weights(half);
             strict = 0;
+            shortest = INT_MAX;
 #pragma unroll
             for (int e = 0; e < S::OWN; ++e) {
                 length[e] = s.lengths[half][own(e)];
                 threshold[e] = s.thresholds[half][own(e)];
-                held[e] = 0;
+                next[e] = first;
+                if (MODE != FILTER || !isnan(threshold[e])) shortest = min(shortest, length[e]);
+                out_row[e] = (sg.row + own(e)) * p.out_row;
             }
+            shortest = sm90::uniform_min(shortest);
             if (MODE == SAMPLE) {
                 const int longest = longest_of(p, sg.row, sg.rows);
                 sampling = Sampling(samples_of(longest, p.k, takes_all(p)), longest);
@@ -615,30 +678,24 @@ struct Consumer {
                 if (tid < S::ROWS) s.counts[tid] = 0;
                 sm90::sync<1, CONSUMERS>();
             }
-            const uint32_t q = sm90::descriptor_low(s.q[half]);
+            const uint32_t q = sm90::uniform(sm90::descriptor_low(s.q[half]));
             const int tiles = sg.last - sg.first;
             for (int from = 0; from < tiles; from += EPOCH, ++epoch) {
-                for (int i = from + ((base + from + warpgroup) & 1); i < min(from + EPOCH, tiles); i += 2) {
-                    const uint32_t at = base + i, stage = at % STAGES;
-                    sm90::wait(&s.full[stage], at / STAGES % 2);
-                    const uint32_t k = sm90::descriptor_low(s.k[stage]);
-                    // In turns: one warpgroup multiplies while the other sums up. The turn passes on before the last
-                    // product, so that the tensor cores do not wait for it.
-                    if (S::TURNS && at > 0) sm90::wait(&s.turn[warpgroup], (at - 1) / 2 % 2);
+                const uint32_t end = base + min(from + EPOCH, tiles);
+                for (; mine < end; mine += WARPGROUPS) {
+                    const uint32_t stage = mine % STAGES, k = keys + stage * (KEYS * DIM >> 4);
+                    sm90::wait(&s.full[stage], mine / STAGES % 2);
                     sm90::wgmma_begin();
                     sm90::wgmma_256<false>(acc, k, q);
                     sm90::wgmma_256<true>(acc, k + 2, q + 2);
                     sm90::wgmma_256<true>(acc, k + 4, q + 4);
-                    sm90::wgmma_commit();
                     sm90::wgmma_256<true>(acc, k + 6, q + 6);
                     sm90::wgmma_commit();
                     const float* scales = &s.scales[stage][16 * warp + group];
                     const float scale0 = scales[0], scale1 = scales[8];
-                    sm90::wgmma_wait<1>();
-                    if (S::TURNS && lane == 0) sm90::arrive(&s.turn[1 - warpgroup]);
                     sm90::wgmma_wait<0>();
                     if (lane == 0) sm90::arrive(&s.empty[stage]);
-                    put(sg.first + i, scale0, scale1, acc);
+                    put((sg.first + int(mine - base)) * KEYS - sg.shift, scale0, scale1, acc);
                 }
                 if (MODE == FILTER) {
                     // Whether anybody asked for a look in the epoch before this one: all warps know the same.
@@ -653,10 +710,12 @@ struct Consumer {
                 }
             }
             base += tiles;
-            __syncwarp();
-            if (lane == 0) sm90::arrive(&s.q_empty[half]);
+            sm90::arrive(&s.q_empty[half]);  // Every lane has read the segment's description.
             if (MODE == FILTER) {
-                if (__any_sync(~0u, held[0] | (S::OWN == 2 ? held[S::OWN - 1] : 0))) flush();
+                bool any = false;
+#pragma unroll
+                for (int e = 0; e < S::OWN; ++e) any |= next[e] != first;
+                if (__any_sync(~0u, any)) flush();
                 sm90::sync<1, CONSUMERS>();
                 if (tid < sg.rows) {
                     p.counts[sg.row + tid + S::ROWS * (p.retry ? 0 : int(blockIdx.x))] = s.counts[tid];
@@ -665,7 +724,6 @@ struct Consumer {
         }
     }
 };
-
 template <int HEADS, int MODE>
 __device__ inline void score(const sm90::TensorMap* maps, const IndexerSm90& p) {
     extern __shared__ unsigned char raw[];
@@ -678,22 +736,21 @@ __device__ inline void score(const sm90::TensorMap* maps, const IndexerSm90& p) 
         sm90::init(&s.epoch, CONSUMERS / 32);
         for (uint32_t& call : s.calls) call = ~0u;
         for (int i = 0; i < 2; ++i) {
-            sm90::init(&s.turn[i], 4);
             sm90::init(&s.q_full[i], 1 + 32);
-            sm90::init(&s.q_empty[i], CONSUMERS / 32);
+            sm90::init(&s.q_empty[i], CONSUMERS);
         }
         sm90::init_done();
     }
     __syncthreads();
     if (threadIdx.x >= CONSUMERS) {
-        sm90::registers_down<MODE == SAMPLE ? 72 : 40>();
+        sm90::registers_down<MODE == SAMPLE ? 72 : MODE == LOGITS ? 56 : 40>();
         if (MODE == SAMPLE) {
             produce_sample<HEADS>(maps, p, s);
         } else if (threadIdx.x < CONSUMERS + 32) {
             produce<HEADS, MODE>(maps, p, s);
         }
     } else {
-        sm90::registers_up<MODE == SAMPLE ? 216 : 232>();
+        sm90::registers_up<MODE == SAMPLE ? 216 : MODE == LOGITS ? 224 : 232>();
         Consumer<HEADS, MODE>(p, s).run();
     }
 }
@@ -713,52 +770,80 @@ SCORER(indexer_logits_64, 64, LOGITS)
 
 // --- The plan: blocks of rows that share a request and a start, and how many tiles lie before each.
 
-constexpr int PLAN_THREADS = 1024;
+constexpr int PLAN_THREADS = 512, BLOCK_ROWS = 8;
 
+// Four rows' numbers.
+__device__ inline void store_rows(int32_t* to, int row, int rows, int a, int b, int c, int d) {
+    if (row + 3 < rows) {
+        *reinterpret_cast<int4*>(to + row) = make_int4(a, b, c, d);
+    } else {
+        const int x[4] = {a, b, c, d};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (row + i < rows) to[row + i] = x[i];
+        }
+    }
+}
+
+// A thread a block.
 KERNEL(PLAN_THREADS) indexer_plan(PARAMS IndexerSm90 p) {
-    __shared__ int request[PLAN_THREADS], start[PLAN_THREADS], length[PLAN_THREADS];
     __shared__ int2 warp_sum[PLAN_THREADS / 32];
     const KeyMap& m = p.ix.map;
     const int rows = int(p.ix.rows), tid = threadIdx.x, lane = tid % 32, per_block = p.block_rows;
     int2 before = make_int2(0, 0);
-    for (int base = 0; base < rows; base += PLAN_THREADS) {  // Whole blocks: their rows divide the threads.
-        const int row = base + tid;
-        if (row < rows) {
-            request[tid] = int(request_of(m, row)), start[tid] = int(start_of(m, row));
-            length[tid] = int(length_of(m, row));
-        }
-        __syncthreads();
-        int2 own = make_int2(0, 0);
-        if (row < rows) {
-            const auto joins = [&](int t) {
-                return t % per_block && base + t < rows && request[t] == request[t - 1] && start[t] == start[t - 1];
-            };
-            int lead = tid, n = 1;
-            while (joins(lead)) --lead;
-            if (lead == tid) {
-                int longest = length[tid] > p.k ? length[tid] : 0;
-                for (; tid + n < PLAN_THREADS && joins(tid + n); ++n) {
-                    if (length[tid + n] > p.k) longest = max(longest, length[tid + n]);
-                }
-                own = make_int2(tiles_of(longest, shift_of(m, row)), samples_of(longest, p.k, takes_all(p)) / KEYS);
-                p.size[row] = n;
+    for (int base = 0; base < rows; base += PLAN_THREADS * per_block) {
+        const int first = base + tid * per_block, n = min(per_block, rows - first);
+        int request[BLOCK_ROWS], start[BLOCK_ROWS], length[BLOCK_ROWS];
+#pragma unroll
+        for (int i = 0; i < BLOCK_ROWS; ++i) {
+            if (i < n) {
+                request[i] = int(request_of(m, first + i)), start[i] = int(start_of(m, first + i));
+                length[i] = int(length_of(m, first + i));
             }
-            p.lead[row] = base + lead;
-            p.again[row] = 0;
         }
-        int2 upto = own;
+        // Runs of one request and start, from the last: what lies before each row, in tiles, and its run.
+        int size[BLOCK_ROWS] = {}, lead[BLOCK_ROWS] = {};
+        int2 own[BLOCK_ROWS] = {};
+        int2 sum = make_int2(0, 0);
+        int longest = 0, joined = 0;
+#pragma unroll
+        for (int i = BLOCK_ROWS - 1; i >= 0; --i) {
+            if (i >= n) continue;
+            if (length[i] > p.k) longest = max(longest, length[i]);
+            ++joined;
+            if (i > 0 && request[i] == request[i - (i > 0)] && start[i] == start[i - (i > 0)]) continue;
+            own[i].x = tiles_of(longest, shift_of(m, first + i));
+            own[i].y = samples_of(longest, p.k, takes_all(p)) / KEYS;
+            size[i] = joined;
+            sum.x += own[i].x, sum.y += own[i].y;
+            longest = joined = 0;
+        }
+#pragma unroll
+        for (int i = 0; i < BLOCK_ROWS; ++i) lead[i] = size[i] || i == 0 ? first + i : lead[i - (i > 0)];
+        int2 upto = sum;
         for (int d = 1; d < 32; d *= 2) {
             const int x = __shfl_up_sync(~0u, upto.x, d), y = __shfl_up_sync(~0u, upto.y, d);
             if (lane >= d) upto.x += x, upto.y += y;
         }
         if (lane == 31) warp_sum[tid / 32] = upto;
         __syncthreads();
-        int2 total = warp_sum[lane], mine = lane < tid / 32 ? total : make_int2(0, 0);
+        int2 total = lane < PLAN_THREADS / 32 ? warp_sum[lane] : make_int2(0, 0);
+        int2 mine = lane < tid / 32 ? total : make_int2(0, 0);
         mine.x = __reduce_add_sync(~0u, mine.x), mine.y = __reduce_add_sync(~0u, mine.y);
         total.x = __reduce_add_sync(~0u, total.x), total.y = __reduce_add_sync(~0u, total.y);
-        if (row < rows) {
-            p.prefix[row] = before.x + mine.x + upto.x - own.x;
-            p.sample_prefix[row] = before.y + mine.y + upto.y - own.y;
+        int2 at[BLOCK_ROWS];
+        at[0] = make_int2(before.x + mine.x + upto.x - sum.x, before.y + mine.y + upto.y - sum.y);
+#pragma unroll
+        for (int i = 1; i < BLOCK_ROWS; ++i) at[i] = make_int2(at[i - 1].x + own[i - 1].x, at[i - 1].y + own[i - 1].y);
+#pragma unroll
+        for (int i = 0; i < BLOCK_ROWS; i += 4) {
+            if (i >= per_block) break;
+            store_rows(p.prefix, first + i, rows, at[i].x, at[i + 1].x, at[i + 2].x, at[i + 3].x);
+            store_rows(p.sample_prefix, first + i, rows, at[i].y, at[i + 1].y, at[i + 2].y, at[i + 3].y);
+            store_rows(p.size, first + i, rows, size[i], size[i + 1], size[i + 2], size[i + 3]);
+            store_rows(p.lead, first + i, rows, lead[i], lead[i + 1], lead[i + 2], lead[i + 3]);
+            store_rows(p.again, first + i, rows, 0, 0, 0, 0);
+            store_rows(p.lengths, first + i, rows, length[i], length[i + 1], length[i + 2], length[i + 3]);
         }
         before.x += total.x, before.y += total.y;
         __syncthreads();
@@ -774,7 +859,7 @@ constexpr int ROW_THREADS = 256;
 KERNEL(ROW_THREADS) indexer_threshold(PARAMS IndexerSm90 p) {
     __shared__ Radix radix;
     const int row = blockIdx.x, tid = threadIdx.x, lead = p.lead[row];
-    const int length = int(length_of(p.ix.map, row)), longest = longest_of(p, lead, p.size[lead]);
+    const int length = p.lengths[row], longest = longest_of(p, lead, p.size[lead]);
     const int samples = samples_of(longest, p.k, takes_all(p));
     float threshold = -CUDART_INF_F;
     if (samples > 0 && length > p.k) {
@@ -788,39 +873,43 @@ KERNEL(ROW_THREADS) indexer_threshold(PARAMS IndexerSm90 p) {
         const auto each = [&](auto f) {
 #pragma unroll
             for (int i = 0; i < SAMPLES / ROW_THREADS; ++i) {
-                if (i * ROW_THREADS + tid < samples) f(uint64_t(ranks[i]));
+                f(ranks[i], i * ROW_THREADS + tid < samples);
             }
         };
         const float expected = float(samples) / float(longest) * p.k;
         const int rank = int(expected + 5.0f * sqrtf(expected) + 2.0f);
         if (rank < samples) {
-            uint64_t any = 0, all = ~uint64_t(0);
-            each([&](uint64_t key) { any |= key, all &= key; });
-            common_bits<0>(radix, tid, any, all);
-            threshold = score_of(kth_key<0>(radix, tid, rank, rank / 32, any, all, each) << 32);
+            const Kth kth = kth_word<0>(radix, tid, rank, samples, rank / 32, each);
+            threshold = score_of(uint64_t(kth.least) << 32);
         }
     }
     if (tid == 0) p.thresholds[row] = threshold;
 }
 
-constexpr int CACHED = 3584;         // Survivors of a row that fit in shared memory, so that four blocks do.
-constexpr int WINDOW = 4096;         // Words of a map with a bit a position, at most.
+constexpr int KEPT = 20;      // Survivors of a row that a thread keeps in registers.
+constexpr int MOST = 4096;    // The largest k.
+constexpr int WINDOW = 4096;  // Words of a map with a bit a position, at most.
 // Each thread counts up to 16 words in a row: a word between them keeps threads on different banks.
 __device__ constexpr int skewed(int word) { return word + word / 16; }
-constexpr int FINISH_SHARED = CACHED * 8 + (WINDOW + WINDOW / 16) * 4;
-static_assert(FINISH_SHARED == 46080, "src/backend/cuda/indexer_sm90.rs");
 
-KERNEL(ROW_THREADS) indexer_finish(PARAMS IndexerSm90 p) {
-    extern __shared__ __align__(16) unsigned char survivors[];
-    uint64_t* cache = reinterpret_cast<uint64_t*>(survivors);
-    uint32_t* map = reinterpret_cast<uint32_t*>(cache + CACHED);
+struct Finish {
+    uint32_t map[WINDOW + WINDOW / 16];
+    uint16_t before[WINDOW + WINDOW / 16];  // Bits of earlier words.
+    int32_t out[MOST];
+};
+constexpr int FINISH_SHARED = sizeof(Finish);
+static_assert(FINISH_SHARED == 42496, "src/backend/cuda/indexer_sm90.rs");
+
+extern "C" __global__ void __launch_bounds__(ROW_THREADS, 3) indexer_finish(PARAMS IndexerSm90 p) {
+    extern __shared__ __align__(16) unsigned char found[];
+    Finish& s = *reinterpret_cast<Finish*>(found);
     __shared__ Radix radix;
     __shared__ int warp_sum[ROW_THREADS / 32];
     const int row = blockIdx.x, tid = threadIdx.x, lane = tid % 32;
     if (p.retry && !p.again[p.ix.rows]) return;
     const int lead = p.lead[row];
     if (p.retry && !p.again[lead]) return;
-    const int length = int(length_of(p.ix.map, row));
+    const int length = p.lengths[row];
     int32_t* out = static_cast<int32_t*>(p.out) + row * p.out_row;
     if (length <= p.k) {
         if (!p.retry) {
@@ -828,12 +917,12 @@ KERNEL(ROW_THREADS) indexer_finish(PARAMS IndexerSm90 p) {
         }
         return;
     }
-    // The CTAs that scored it.
+    // The CTAs that scored it: CTA c has the units from `units * c / ctas`.
     const int64_t units = p.prefix[p.ix.rows], first = p.prefix[lead], last = p.prefix[lead + 1];
     const auto cta_of = [&](int64_t unit) {
-        int64_t c = unit * p.ctas / units;
-        while (c + 1 < p.ctas && units * (c + 1) / p.ctas <= unit) ++c;
-        while (units * c / p.ctas > unit) --c;
+        int64_t c = int64_t(float(unit) / float(units) * float(p.ctas));
+        while (units * (c + 1) < (unit + 1) * p.ctas) ++c;
+        while (units * c >= (unit + 1) * p.ctas) --c;
         return int(c);
     };
     const int from = p.retry ? 0 : cta_of(first), to = p.retry ? 0 : cta_of(last - 1);
@@ -843,46 +932,47 @@ KERNEL(ROW_THREADS) indexer_finish(PARAMS IndexerSm90 p) {
         if (tid == 0) p.again[lead] = 1, p.again[p.ix.rows] = 1;
         return;
     }
-    const bool cached = total <= CACHED;
-    const auto each_listed = [&](auto f) {
-        int at = 0;
+    uint64_t keys[KEPT];
+    const auto load = [&](int begin) {
+#pragma unroll
+        for (int j = 0; j < KEPT; ++j) keys[j] = 0;  // No key is 0.
         for (int c = from; c <= to; ++c) {
             const int id = row + p.block_rows * c, n = p.counts[id];
             const uint64_t* list = p.lists + int64_t(id) * p.capacity;
-#pragma unroll 8
-            for (int i = tid; i < n; i += ROW_THREADS) f(list[i], at + i);
-            at += n;
+#pragma unroll
+            for (int j = 0; j < KEPT; ++j) {
+                const int i = begin + j * ROW_THREADS + tid;
+                if (uint32_t(i) < uint32_t(n)) keys[j] = list[i];
+            }
+            begin -= n;
         }
     };
-    uint64_t any = 0, all = ~uint64_t(0);
-    each_listed([&](uint64_t key, int at) {
-        any |= key, all &= key;
-        if (cached) cache[at] = key;
-    });
-    common_bits<0>(radix, tid, any, all);
+    // More than the registers hold are read anew each time.
+    const int batches = (total + KEPT * ROW_THREADS - 1) / (KEPT * ROW_THREADS);
+    if (batches == 1) load(0);
     const auto each = [&](auto f) {
-        if (cached) {
-            for (int i = tid; i < total; i += ROW_THREADS) f(cache[i]);
-        } else {
-            each_listed([&](uint64_t key, int) { f(key); });
+        for (int b = 0; b < batches; ++b) {
+            if (batches > 1) load(b * KEPT * ROW_THREADS);
+#pragma unroll
+            for (int j = 0; j < KEPT; ++j) f(keys[j], uint32_t(keys[j] >> 32) != 0);
         }
     };
-    const uint64_t kth = kth_key<0>(radix, tid, p.k, 0, any, all, each);
-    // Ascending: a bit for each, a window of positions at a time.
+    const uint64_t kth = kth_key<0>(radix, tid, p.k, total, each);
+    // Ascending: a bit for each, a window of positions at a time; a position's place is the number of bits before it.
     int written = 0;
     for (int start = 0; start < length; start += 32 * WINDOW) {
         const int words = min(WINDOW, (length - start + 31) / 32);
-        for (int i = tid; i < skewed(words); i += ROW_THREADS) map[i] = 0;
+        for (int i = tid; i < skewed(words); i += ROW_THREADS) s.map[i] = 0;
         __syncthreads();
-        each([&](uint64_t key) {
-            const int at = int(~uint32_t(key)) - start;
-            if (key >= kth && at >= 0 && at < 32 * WINDOW) atomicOr(&map[skewed(at / 32)], 1u << at % 32);
+        each([&](uint64_t key, bool) {
+            const uint32_t at = ~uint32_t(key) - start;
+            if ((key >= kth) & (at < 32 * WINDOW)) atomicOr(&s.map[skewed(at / 32)], 1u << at % 32);
         });
         __syncthreads();
         const int share = (words + ROW_THREADS - 1) / ROW_THREADS;
         const int begin = min(words, tid * share), end = min(words, begin + share);
         int own = 0;
-        for (int i = begin; i < end; ++i) own += __popc(map[skewed(i)]);
+        for (int i = begin; i < end; ++i) own += __popc(s.map[skewed(i)]);
         int upto = own;
         for (int d = 1; d < 32; d *= 2) {
             const int other = __shfl_up_sync(~0u, upto, d);
@@ -890,16 +980,26 @@ KERNEL(ROW_THREADS) indexer_finish(PARAMS IndexerSm90 p) {
         }
         if (lane == 31) warp_sum[tid / 32] = upto;
         __syncthreads();
-        int at = written + upto - own;
+        int before = written + upto - own;
         for (int w = 0; w < ROW_THREADS / 32; ++w) {
-            if (w < tid / 32) at += warp_sum[w];
+            if (w < tid / 32) before += warp_sum[w];
             written += warp_sum[w];
         }
         for (int i = begin; i < end; ++i) {
-            for (uint32_t bits = map[skewed(i)]; bits; bits &= bits - 1) out[at++] = start + 32 * i + __ffs(bits) - 1;
+            s.before[skewed(i)] = uint16_t(before);
+            before += __popc(s.map[skewed(i)]);
         }
         __syncthreads();
+        each([&](uint64_t key, bool) {
+            const uint32_t at = ~uint32_t(key) - start;
+            if ((key >= kth) & (at < 32 * WINDOW)) {
+                const int word = skewed(at / 32);
+                s.out[s.before[word] + __popc(s.map[word] & ((1u << at % 32) - 1))] = int(start + at);
+            }
+        });
+        __syncthreads();
     }
+    for (int i = tid; i < p.k; i += ROW_THREADS) out[i] = s.out[i];
 }
 
 // Columns behind a row's end.
@@ -908,10 +1008,4 @@ KERNEL(ROW_THREADS) indexer_logits_tail(PARAMS IndexerSm90 p) {
     for (int64_t i = length + threadIdx.x; i < p.columns; i += ROW_THREADS) {
         store_float(p.out, p.out_type, row * p.out_row + i, -CUDART_INF_F);
     }
-}
-
-// How many positions each row sees, for a top-k of its scores.
-KERNEL(ROW_THREADS) indexer_lengths(PARAMS IndexerSm90 p) {
-    const int64_t row = blockIdx.x * int64_t(ROW_THREADS) + threadIdx.x;
-    if (row < p.ix.rows) p.counts[row] = int(length_of(p.ix.map, row));
 }

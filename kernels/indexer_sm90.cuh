@@ -14,6 +14,14 @@ __device__ inline void sync() {
 // What ordinary stores wrote to shared memory, for the tensor cores to read.
 __device__ inline void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// A number that all lanes of a warp share, for the compiler to know it, too: uniform registers hold what is made of it.
+__device__ inline int uniform(int x) { return __reduce_max_sync(~0u, x); }
+__device__ inline int uniform_min(int x) { return __reduce_min_sync(~0u, x); }
+
+__device__ inline void store_2(uint32_t to, uint32_t x, uint32_t y) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(x), "r"(y) : "memory");
+}
+
 template <int REGISTERS>
 __device__ inline void registers_up() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));

@@ -358,6 +358,7 @@ struct IndexerSm90 {
     float* thresholds;
     uint64_t* lists;
     int32_t* counts;
+    int32_t* lengths;
     int32_t out_type;
     int32_t k;
     int32_t capacity;
@@ -367,4 +368,4 @@ struct IndexerSm90 {
     int32_t ctas;
     int32_t reserved;
 };
-static_assert(sizeof(IndexerSm90) == 320, "params.rs");
+static_assert(sizeof(IndexerSm90) == 328, "params.rs");

@@ -10,11 +10,11 @@ use crate::ops::*;
 const DIM: usize = 128;
 /// Threads of a block that scores, of the plan, and of a block that works on one row.
 const SCORE_THREADS: u32 = 384;
-const PLAN_THREADS: u32 = 1024;
+const PLAN_THREADS: u32 = 512;
 const ROW_THREADS: u32 = 256;
 /// Dynamic shared memory: `SCORE_SHARED` and `FINISH_SHARED` of the kernels.
-const SCORE_SHARED: u32 = 210_672;
-const FINISH_SHARED: u32 = 46_080;
+const SCORE_SHARED: u32 = 210_704;
+const FINISH_SHARED: u32 = 42_496;
 /// Rows of a block with up to 32 heads; half as many with up to 64.
 const BLOCK_ROWS: usize = 8;
 /// Sampled keys of a row, at most.
@@ -34,17 +34,43 @@ pub(super) struct IndexerSm90 {
     threshold: Kernel,
     finish: Kernel,
     tail: Kernel,
-    lengths: Kernel,
 }
 
-/// Scratch of a select.
+/// What `indexer_plan` writes.
 #[derive(Debug, Clone, Copy)]
-struct Scratch {
+struct Plan {
     prefix: Ptr,
     sample_prefix: Ptr,
     size: Ptr,
     lead: Ptr,
     again: Ptr,
+    lengths: Ptr,
+}
+
+impl Plan {
+    fn lay(a: &mut Addresses, rows: usize) -> Self {
+        let more = rows.saturating_add(1);
+        Plan {
+            prefix: a.take::<i32>(more),
+            sample_prefix: a.take::<i32>(more),
+            size: a.take::<i32>(rows),
+            lead: a.take::<i32>(rows),
+            again: a.take::<i32>(more),
+            lengths: a.take::<i32>(rows),
+        }
+    }
+
+    fn tell(&self, params: &mut params::IndexerSm90) {
+        (params.prefix, params.sample_prefix) = (self.prefix, self.sample_prefix);
+        (params.size, params.lead) = (self.size, self.lead);
+        (params.again, params.lengths) = (self.again, self.lengths);
+    }
+}
+
+/// Scratch of a select.
+#[derive(Debug, Clone, Copy)]
+struct Scratch {
+    plan: Plan,
     thresholds: Ptr,
     counts: Ptr,
     lists: Ptr,
@@ -61,13 +87,8 @@ fn lay(a: &mut Addresses, rows: usize, k: usize, ctas: usize) -> Scratch {
     let entries = lists.saturating_mul(capacity(k));
     // Samples go where the lists will be.
     let entries = entries.max(rows.saturating_mul(SAMPLES / 2));
-    let more = rows.saturating_add(1);
     Scratch {
-        prefix: a.take::<i32>(more),
-        sample_prefix: a.take::<i32>(more),
-        size: a.take::<i32>(rows),
-        lead: a.take::<i32>(rows),
-        again: a.take::<i32>(more),
+        plan: Plan::lay(a, rows),
         thresholds: a.take::<f32>(rows),
         counts: a.take::<i32>(lists),
         lists: a.take::<u64>(entries),
@@ -77,6 +98,7 @@ fn lay(a: &mut Addresses, rows: usize, k: usize, ctas: usize) -> Scratch {
 /// Scores of a dense select, and the rows' lengths.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Dense {
+    plan: Plan,
     pub scores: Ptr,
     pub lengths: Ptr,
     pub columns: usize,
@@ -84,11 +106,9 @@ pub(super) struct Dense {
 
 fn lay_dense(a: &mut Addresses, rows: usize, max_len: usize) -> Dense {
     let columns = max_len.min(DENSE).next_multiple_of(4);
-    Dense {
-        scores: a.take::<f32>(rows.saturating_mul(columns)),
-        lengths: a.take::<i32>(rows),
-        columns,
-    }
+    let plan = Plan::lay(a, rows);
+    let scores = a.take::<f32>(rows.saturating_mul(columns));
+    Dense { plan, scores, lengths: plan.lengths, columns }
 }
 
 /// Operands as the kernels want them.
@@ -182,6 +202,7 @@ impl Operands {
             thresholds: 0,
             lists: 0,
             counts: 0,
+            lengths: 0,
             out_type: 0,
             k: 0,
             capacity: 0,
@@ -211,7 +232,6 @@ impl IndexerSm90 {
             threshold: row(c"indexer_threshold", 0)?,
             finish: row(c"indexer_finish", FINISH_SHARED)?,
             tail: row(c"indexer_logits_tail", 0)?,
-            lengths: row(c"indexer_lengths", 0)?,
         }))
     }
 
@@ -298,14 +318,13 @@ impl IndexerSm90 {
         let dense = lay_dense(&mut Addresses::over(base), ix.rows, ix.map.max_len());
         let mut params = x.params(gpu.sms);
         (params.out, params.out_row) = (dense.scores, n(dense.columns));
-        params.columns = n(dense.columns);
-        params.counts = dense.lengths;
+        (params.columns, params.k) = (n(dense.columns), small(op.topk));
+        dense.plan.tell(&mut params);
         let _entered = gpu.enter()?;
         // SAFETY: as in `logits`; the scratch is laid out for these rows.
         unsafe {
-            self.score_all(&mut x, &mut params, stream)?;
-            let grid = (ix.rows.div_ceil(ROW_THREADS as usize), 1);
-            self.lengths.launch(grid, ROW_THREADS, 0, stream.as_raw(), params)?;
+            self.plan.launch((1, 1), PLAN_THREADS, 0, stream.as_raw(), params)?;
+            self.score(&self.logits[x.wide], &mut x, &mut params, stream)?;
         }
         Ok(Some(dense))
     }
@@ -324,11 +343,6 @@ impl IndexerSm90 {
         let mut params = params::IndexerSm90 {
             out: at(op.indices.as_mut_ptr()),
             out_row: n(op.indices.strides()[0]),
-            prefix: scratch.prefix,
-            sample_prefix: scratch.sample_prefix,
-            size: scratch.size,
-            lead: scratch.lead,
-            again: scratch.again,
             samples: scratch.lists,
             thresholds: scratch.thresholds,
             lists: scratch.lists,
@@ -337,6 +351,7 @@ impl IndexerSm90 {
             capacity: small(capacity(op.topk)),
             ..x.params(gpu.sms)
         };
+        scratch.plan.tell(&mut params);
         let (rows, raw) = ((ix.rows, 1), stream.as_raw());
         let _entered = gpu.enter()?;
         // SAFETY: as in `logits`; the scratch is laid out for these rows.

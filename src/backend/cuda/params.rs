@@ -296,7 +296,7 @@ params! {
         softmax_scale: f32,
         layer_weight: f32,
     }
-    struct IndexerSm90 = 320 {
+    struct IndexerSm90 = 328 {
         ix: Indexer,
         out: Ptr,
         out_row: i64,
@@ -310,6 +310,7 @@ params! {
         thresholds: Ptr,
         lists: Ptr,
         counts: Ptr,
+        lengths: Ptr,
         out_type: i32,
         k: i32,
         capacity: i32,
