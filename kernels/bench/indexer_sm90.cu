@@ -1,9 +1,11 @@
-// Checks and times indexer_sm90.cu by itself: `indexer_sm90 check`, `indexer_sm90 time`.
+// Checks and times indexer_sm90.cu by itself: `indexer_sm90 check`, `indexer_sm90 time`, and under lasting load, with the
+// clock rate that goes with each time, `indexer_sm90 load [parts 0|1] [seconds] [keys]`.
 #include <cuda.h>
 #include <cudaTypedefs.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -50,8 +52,9 @@ __global__ void random_bytes(uint8_t* p, size_t n, uint32_t seed, int kind) {
     for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < n; i += size_t(gridDim.x) * blockDim.x) {
         uint32_t x = uint32_t(i) * 2654435761u + seed;
         x = (x ^ x >> 16) * 0x7feb352du, x = (x ^ x >> 15) * 0x846ca68bu, x ^= x >> 16;
-        // Roughly normal codes: exponents near the middle; kind 1: all equal.
-        p[i] = kind == 1 ? 0x38 : f32_to_e4m3((int((x & 255) + (x >> 8 & 255) + (x >> 16 & 255) + (x >> 24)) - 510) * 0.4f);
+        // Normal, by Box and Muller; kind 1: all equal.
+        const float r = sqrtf(-2.0f * logf(((x >> 16) + 1) / 65537.0f));
+        p[i] = kind == 1 ? 0x38 : f32_to_e4m3(r * cospif((x & 0xffff) / 32768.0f));
     }
 }
 __global__ void random_scales(uint8_t* pages, int64_t page_bytes, int pages_n, uint32_t seed, int kind) {
@@ -103,6 +106,10 @@ struct Problem {
         srand(seed);
         for (size_t i = 0; i < w.size(); ++i) {
             w[i] = c.kind == 2 ? 0.0f : (rand() / float(RAND_MAX) - 0.2f) * 1e-3f;
+            if (c.kind == 0) {
+                const double u = (rand() + 1.0) / (RAND_MAX + 2.0), v = rand() / (RAND_MAX + 1.0);
+                w[i] = float(std::sqrt(-2 * std::log(u)) * std::cos(6.283185307179586 * v));
+            }
             if (c.kind == 6) w[i] = i % c.heads == 5;
         }
         memset(&p, 0, sizeof p);
@@ -155,7 +162,7 @@ struct Problem {
         p.lead = device<int32_t>(c.rows), p.again = device<int32_t>(c.rows + 1), p.thresholds = device<float>(c.rows);
         const size_t list_bytes = std::max(lists * p.capacity * 8, size_t(c.rows) * SAMPLES * 4);
         p.lists = reinterpret_cast<uint64_t*>(device<uint8_t>(list_bytes)), p.samples = reinterpret_cast<float*>(p.lists);
-        p.counts = device<int32_t>(lists);
+        p.counts = device<int32_t>(lists), p.lengths = device<int32_t>(c.rows);
         OK(cudaMemset(p.lists, 0x55, list_bytes));
         OK(cudaMemset(p.counts, 0x55, lists * 4));
     }
@@ -179,13 +186,22 @@ struct Problem {
         launch(wide ? indexer_filter_64 : indexer_filter_32, sms, THREADS, big, st);
         launch(indexer_finish, c.rows, ROW_THREADS, finish, st, false);
     }
-    void logits(float* out, int64_t columns, cudaStream_t st = 0) {
+    // As `idxc_indexer_logits` does it, or, with a plan, as a select of short rows does.
+    void logits(float* out, int64_t columns, cudaStream_t st = 0, bool planned = false) {
         const bool wide = c.heads > 32;
         p.out = out, p.out_row = columns, p.columns = columns, p.out_type = F32, p.retry = 0;
+        if (planned) {
+            launch(indexer_plan, 1, PLAN_THREADS, 0, st, false);
+            launch(wide ? indexer_logits_64 : indexer_logits_32, sms, THREADS, SCORE_SHARED, st);
+            return;
+        }
+        int32_t *const prefix = p.prefix, *const lengths = p.lengths;
+        p.prefix = nullptr, p.lengths = nullptr;
         const int groups = (c.rows + p.block_rows - 1) / p.block_rows;
         p.splits = std::max<int64_t>(1, std::min<int64_t>((columns + 511) / 512, (16 * sms) / groups));
         launch(wide ? indexer_logits_64 : indexer_logits_32, sms, THREADS, SCORE_SHARED, st);
         launch(indexer_logits_tail, c.rows, ROW_THREADS, 0, st, false);
+        p.prefix = prefix, p.lengths = lengths;
     }
 };
 
@@ -327,6 +343,100 @@ static void time_one(const Case& c, bool parts) {
     OK(cudaDeviceReset());
 }
 
+// Each SM's own clock and the card's, to tell cycles from clock rate: under lasting load the card is at its power limit.
+struct Stamp {
+    unsigned long long clock, time;
+};
+__global__ void stamp(Stamp* to) {
+    uint32_t sm;
+    asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
+    asm volatile("mov.u64 %0, %%clock64;\nmov.u64 %1, %%globaltimer;" : "=l"(to[sm].clock), "=l"(to[sm].time)::"memory");
+}
+
+struct Timing {
+    double ms, mhz;
+};
+
+// Medians of 15 graph replays after `seconds` of nothing else.
+template <class F>
+static Timing under_load(F f, double seconds = 1.0) {
+    constexpr int RUNS = 15, SMS = 256;
+    cudaStream_t st;
+    OK(cudaStreamCreate(&st));
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    OK(cudaStreamBeginCapture(st, cudaStreamCaptureModeThreadLocal));
+    f(st);
+    OK(cudaStreamEndCapture(st, &graph));
+    OK(cudaGraphInstantiate(&exec, graph, 0));
+    const auto start = std::chrono::steady_clock::now();
+    const auto since = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); };
+    while (since() < seconds) {
+        for (int i = 0; i < 8; ++i) OK(cudaGraphLaunch(exec, st));
+        OK(cudaStreamSynchronize(st));
+    }
+    Stamp* stamps = device<Stamp>(2 * RUNS * SMS);
+    OK(cudaMemsetAsync(stamps, 0, 2 * RUNS * SMS * sizeof(Stamp), st));
+    OK(cudaGraphLaunch(exec, st));
+    for (int i = 0; i < RUNS; ++i) {
+        stamp<<<132, 32, 0, st>>>(stamps + 2 * i * SMS);
+        OK(cudaGraphLaunch(exec, st));
+        stamp<<<132, 32, 0, st>>>(stamps + (2 * i + 1) * SMS);
+    }
+    OK(cudaStreamSynchronize(st));
+    std::vector<Stamp> host(2 * RUNS * SMS);
+    OK(cudaMemcpy(host.data(), stamps, host.size() * sizeof(Stamp), cudaMemcpyDeviceToHost));
+    std::vector<double> ms, mhz;
+    for (int i = 0; i < RUNS; ++i) {
+        for (int sm = 0; sm < SMS; ++sm) {
+            const Stamp &a = host[2 * i * SMS + sm], &b = host[(2 * i + 1) * SMS + sm];
+            if (!a.time || !b.time) continue;
+            ms.push_back((b.time - a.time) * 1e-6);
+            mhz.push_back((b.clock - a.clock) * 1e3 / double(b.time - a.time));
+            break;
+        }
+    }
+    std::sort(ms.begin(), ms.end()), std::sort(mhz.begin(), mhz.end());
+    return {ms[ms.size() / 2], mhz[mhz.size() / 2]};
+}
+
+static void load_one(const Case& c, bool parts, double seconds) {
+    Problem x(c);
+    int32_t* out = device<int32_t>(size_t(c.rows) * c.k);
+    const bool wide = c.heads > 32;
+    double pairs = 0;
+    for (int n : x.lengths) pairs += n;
+    const double tiles = pairs / 64 / x.p.block_rows / x.sms;
+    const auto show = [&](const char* what, Timing t) {
+        std::printf(" | %s %.4f ms %.0f MHz %.1f kcyc", what, t.ms, t.mhz, t.ms * t.mhz);
+        std::fflush(stdout);
+        return t;
+    };
+    std::printf("heads %d rows %d ctx %ld%s:", c.heads, c.rows, (long)c.context, c.causal ? " causal" : "");
+    show("select", under_load([&](cudaStream_t st) { x.select(out, st); }, seconds));
+    const auto filter = [&](cudaStream_t st) { x.launch(wide ? indexer_filter_64 : indexer_filter_32, x.sms, THREADS, SCORE_SHARED, st); };
+    x.select(out);
+    OK(cudaDeviceSynchronize());
+    x.p.out = out, x.p.out_row = c.k, x.p.retry = 0;
+    const Timing t = show("filter", under_load(filter, parts ? seconds : seconds / 4));
+    std::printf(" %.1f cyc a tile", t.ms * t.mhz * 1e3 / tiles);
+    if (parts) {
+        show("plan", under_load([&](cudaStream_t st) { x.launch(indexer_plan, 1, PLAN_THREADS, 0, st, false); }, 0.1));
+        show("sample", under_load([&](cudaStream_t st) { x.launch(wide ? indexer_sample_64 : indexer_sample_32, x.sms, THREADS, SCORE_SHARED, st); }, 0.1));
+        show("threshold", under_load([&](cudaStream_t st) { x.launch(indexer_threshold, c.rows, ROW_THREADS, 0, st, false); }, 0.1));
+        x.select(out);
+        x.p.retry = 0;
+        show("finish", under_load([&](cudaStream_t st) { x.launch(indexer_finish, c.rows, ROW_THREADS, FINISH_SHARED, st, false); }, 0.1));
+        if (c.context * c.rows < (1ll << 31)) {
+            float* l = device<float>(c.rows * c.context);
+            show("logits", under_load([&](cudaStream_t st) { x.logits(l, c.context, st); }, seconds));
+            if (c.context <= 8192) show("planned logits", under_load([&](cudaStream_t st) { x.logits(l, c.context, st, true); }, seconds));
+        }
+    }
+    std::printf("\n");
+    OK(cudaDeviceReset());
+}
+
 int main(int argc, char** argv) {
     OK(cudaFree(nullptr));
     cudaDriverEntryPointQueryResult found;
@@ -339,6 +449,17 @@ int main(int argc, char** argv) {
             int32_t* out = device<int32_t>(size_t(4096) * 2048);
             for (int i = 0; i < 200; ++i) x.select(out);
             OK(cudaDeviceSynchronize());
+        }
+        return 0;
+    }
+    if (mode == "load") {
+        const bool parts = argc > 2 && atoi(argv[2]);
+        const double seconds = argc > 3 ? atof(argv[3]) : 1.0;
+        for (int heads : {32, 64}) {
+            for (int context : {131072, 32768, 8192}) {
+                if (argc > 4 && atoi(argv[4]) != context) continue;
+                load_one({4096, heads, 2048, 1, context, context == 8192, true, 0}, parts, seconds);
+            }
         }
         return 0;
     }
