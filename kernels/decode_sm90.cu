@@ -2,11 +2,12 @@
 //           the lowest position, ascending, then -1; or the scores alone.
 // Shapes:   e4m3 q [requests * queries, heads <= 64, 128], f32 w, pages of 64 keys -> int32 [rows, k <= 4096]; 1 to 8
 //           queries a request, which share its pages but have lengths of their own; or, with `row_request`, rows of any.
-// Idea:     two launches. `decode_scores`: the pages of all groups, one after the other, are cut into equal parts, one
-//           a multiprocessor (a group: neighbouring rows of one request, which its pages are read for once); a warp copies pages into a ring of pairs in shared memory, four warpgroups turn pairs into
-//           scores (keys on M, heads on N). Scores go to memory, 3 % of what is read, with the best of
-//           every 8. `decode_topk`: the k-th best of the bests of groups is a lower bound of the k-th best score, so
-//           only the groups that reach it are read: little more than k of them.
+// Idea:     two launches. `decode_scores`: the pages of all groups, one after the other, are cut into equal parts, one a
+//           multiprocessor (a group: neighbouring rows of one request, for which its pages are read once); a warp copies
+//           pages into a ring of pairs in shared memory, four warpgroups turn pairs into scores (keys on M, heads on N).
+//           Scores go to memory, 3 % of what is read, with the best of every 8. `decode_topk`: the k-th best of the
+//           bests of groups is a lower bound of the k-th best score, so only the groups that reach it are read: little
+//           more than k of them.
 // Roofline: 132 bytes a token at the rate of memory; at 64 heads the tensor cores are busy for a fifth of that time. What
 //           is written costs more than its share.
 // Tensor cores: QGMMA
@@ -509,16 +510,6 @@ __device__ __noinline__ uint2 emit(SelectShared& s, int from, uint32_t ties, int
     }
     __syncthreads();
     return make_uint2(before.x + (all >> 18), before.y + (all & 0x3ffff));
-}
-
-// Four neighbours.
-union Four {
-    uint4 all;
-    uint32_t rank[4];
-};
-
-__device__ inline uint4 max4(const uint4& a, const uint4& b) {
-    return make_uint4(max(a.x, b.x), max(a.y, b.y), max(a.z, b.z), max(a.w, b.w));
 }
 
 KERNEL(SELECT_THREADS) decode_topk(PARAMS Decode p) {

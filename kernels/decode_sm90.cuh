@@ -14,3 +14,13 @@ __device__ inline int decode_length(const KeyMap& m, int64_t row) {
 
 // Twice relu, which leaves NaN alone, unlike a maximum, and runs at the rate of additions.
 __device__ inline float twice_relu(float x) { return x + fabsf(x); }
+
+// Four neighbours.
+union Four {
+    uint4 all;
+    uint32_t rank[4];
+};
+
+__device__ inline uint4 max4(const uint4& a, const uint4& b) {
+    return make_uint4(max(a.x, b.x), max(a.y, b.y), max(a.z, b.z), max(a.w, b.w));
+}

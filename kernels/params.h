@@ -84,9 +84,8 @@ struct Select {
 static_assert(sizeof(Select) == 248, "params.rs");
 
 // Decode: `rows` rows from row `first` on, in groups of `queries`; with `row_request`, of at most so many. Row i of them has
-// its scores, as ranks, at `scores + i * scores_row` and the best of every 8 at `tops + i * tops_row`; rows of at most k
-// positions are not scored.
-// `out` null: the scores are the result, as floats in `columns` columns.
+// its scores, as ranks, at `scores + i * scores_row` and the best of every 8 at `tops + i * tops_row` (`eights`; else what
+// the blocks of `few_scores` find); rows of at most k positions are not scored. `out` null: the scores are the result, as floats in `columns` columns.
 struct Decode {
     Indexer ix;
     uint32_t* scores;
@@ -101,8 +100,10 @@ struct Decode {
     int32_t queries;
     int32_t k;
     int32_t stages;
+    int32_t eights;
+    int32_t reserved;
 };
-static_assert(sizeof(Decode) == 272, "params.rs");
+static_assert(sizeof(Decode) == 280, "params.rs");
 
 struct IndexKWrite {
     const void* k;

@@ -890,6 +890,9 @@ fn decode_is_exact_by_its_own_scores() {
             let lens = [long, 0, 1, 95, 96, 97, long - 1, 777, 64];
             check(9, &lens, heads, levels, long.div_ceil(PAGE) + 2, 96);
             check(3, &lens, heads, levels, long.div_ceil(PAGE), 96);
+            // A few rows.
+            check(2, &[long, 0, 777, long - 1], heads, levels, long.div_ceil(PAGE) + 1, 96);
+            check(1, &lens[3..4], heads, levels, 3, 96);
         }
         if small() {
             return;
@@ -901,6 +904,14 @@ fn decode_is_exact_by_its_own_scores() {
         check(requests, &lens, 64, 0, 500, 2048);
     }
     check(1, &[200_001], 64, 0, 3_200, 2048);
+    // One value, few values: more candidates than a block's list takes.
+    for levels in [1, 2] {
+        check(3, &[70_001, 50_000, 2_049], 32, levels, 1_100, 2048);
+    }
+    check(1, &[150_000], 4, 1, 4_096, 700);
+    for n in [2_049, 8_193, 16_500] {
+        check(1, &[n], 64, 0, 260, 2048);
+    }
     check(2, &[131_072, 70_000], 32, 4, 2_048, 4096);
     // More requests than a launch takes; more scores than scratch holds, by the width of the table.
     let lens: Vec<usize> = (0..700).map(|i| i * 37 % 900).collect();

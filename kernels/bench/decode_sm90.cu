@@ -1,7 +1,8 @@
-// Checks and times kernels/decode_sm90.cu alone. Build and run:
+// Checks and times kernels/decode_sm90.cu and kernels/decode_few_sm90.cu alone. Build and run:
 //   nvcc -std=c++17 -O3 -lineinfo -gencode=arch=compute_90a,code=sm_90a -o decode_sm90 kernels/bench/decode_sm90.cu
 //   ./decode_sm90 [small] [check] [topk] [time] [profile]
 // Scores against an f64 reference; selections against a sort of the kernel's own scores; every case twice, same bits.
+// FEW=0 PICKS=0: without the kernels for a few rows, or for others than src/backend/cuda/decode.rs has it.
 #include <cuda.h>
 #include <cuda_runtime.h>
 #include <algorithm>
@@ -14,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "../decode_few_sm90.cu"
 #include "../decode_sm90.cu"
 
 #define OK(x)                                                                                     \
@@ -148,6 +150,7 @@ template <class... Params>
 static void launch(void (*kernel)(Params...), int grid, int threads, size_t shared, cudaStream_t stream, bool early,
                    const Params&... params) {
     OK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+    OK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));
     cudaLaunchConfig_t c = {};
     c.gridDim = grid;
     c.blockDim = threads;
@@ -164,18 +167,42 @@ static void launch(void (*kernel)(Params...), int grid, int threads, size_t shar
 static int most_stages = getenv("STAGES") ? atoi(getenv("STAGES")) : 8;
 
 struct Call : Decode {
-    sm90::TensorMap k_map, q_map;
+    sm90::TensorMap k_map, q_map, all_map;  // `all_map`: of all rows at once, if they are few.
 };
 
+// Most rows that are few, for scores and for top-k.
+static int few_rows = getenv("FEW") ? atoi(getenv("FEW")) : 4, few_picks = getenv("PICKS") ? atoi(getenv("PICKS")) : 8;
+
 static void run(Call& p, cudaStream_t stream, int what = 3) {
-    const int heads = p.ix.heads <= 16 ? 16 : p.ix.heads <= 32 ? 32 : 64;
-    const Scores kernel = heads == 16 ? decode_scores_16 : heads == 32 ? decode_scores_32 : decode_scores_64;
-    const int fixed = 1024 + 2 * p.queries * (heads * (DIM + 4) + 4) + 32 + 4 * (4 * DECODE_GROUPS + 2 + DECODE_THREADS / 32);
-    const int stage = PAIR * PAGE_BYTES + sizeof(Stage) + 16;
-    p.stages = std::min(most_stages, (232448 - fixed) / stage) / GROUPS * GROUPS;
-    if (what & 1) launch(kernel, sms, DECODE_THREADS, fixed + p.stages * stage, stream, true, static_cast<Decode&>(p), p.k_map, p.q_map);
-    if (what & 2 && p.out) {
-        launch(decode_topk, p.rows, SELECT_THREADS, sizeof(SelectShared), stream, true, static_cast<Decode&>(p));
+    const int heads = p.ix.heads <= 16 ? 16 : p.ix.heads <= 32 ? 32 : 64, parts = std::min(sms, 128);
+    const int64_t longest = std::min(1 << 18, 2048 * parts);
+    const bool picks = p.out && p.rows <= few_picks && p.k <= 2048 && p.columns <= longest, few = picks && p.rows <= few_rows;
+    Call q = p;
+    size_t shared;
+    q.eights = !few;
+    if (few) {
+        q.stages = 8;
+        q.tops_row = parts * BESTS;
+        if (p.ix.map.row_request) q.queries = 1;
+        q.q_map = q.all_map;
+        shared = 1024 + p.rows * (heads * (DIM + 4) + 4 * BESTS + 4) + 16 + q.stages * (PAGE_BYTES + 32);
+        const Scores kernel = heads == 16 ? few_scores_16 : heads == 32 ? few_scores_32 : few_scores_64;
+        if (what & 1) launch(kernel, parts, SCORE_BLOCK, shared, stream, true, static_cast<Decode&>(q), q.k_map, q.q_map);
+    } else {
+        const Scores kernel = heads == 16 ? decode_scores_16 : heads == 32 ? decode_scores_32 : decode_scores_64;
+        const int fixed = 1024 + 2 * p.queries * (heads * (DIM + 4) + 4) + 32 + 4 * (4 * DECODE_GROUPS + 2 + DECODE_THREADS / 32);
+        const int stage = PAIR * PAGE_BYTES + sizeof(Stage) + 16;
+        q.stages = std::min(most_stages, (232448 - fixed) / stage) / GROUPS * GROUPS;
+        shared = fixed + q.stages * stage;
+        if (what & 1) launch(kernel, sms, DECODE_THREADS, shared, stream, true, static_cast<Decode&>(q), q.k_map, q.q_map);
+    }
+    if (!(what & 2) || !p.out) return;
+    if (picks) {
+        OK(cudaFuncSetAttribute(few_topk, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+        shared = sizeof(PickShared) + (p.columns + ROUND - 1) / ROUND * PICK_THREADS * 16;
+        launch(few_topk, p.rows * CLUSTER, PICK_THREADS, shared, stream, true, static_cast<Decode&>(q));
+    } else {
+        launch(decode_topk, p.rows, SELECT_THREADS, sizeof(SelectShared), stream, true, static_cast<Decode&>(q));
     }
 }
 
@@ -239,14 +266,19 @@ static void check_topk() {
         const int64_t pages = (n + 63) / 64, columns = pages * 64;
         for (const Kind& kind : kinds) {
             std::vector<float> scores(columns, 1e30f);
-            std::vector<uint32_t> tops(columns / 8, 0), ranks(columns, 0);
+            std::vector<uint32_t> tops(columns / 8, 0), few_tops(std::min(sms, 128) * BESTS, 0), ranks(columns, 0);
             for (int i = 0; i < n; ++i) {
                 scores[i] = kind.f(i);
                 ranks[i] = rank_on_host(scores[i]);
                 tops[i / 8] = std::max(tops[i / 8], ranks[i]);
+                // As `few_scores` finds them: by CTA, warp, and row of the warp's part of the product.
+                const int parts = std::min(sms, 128), page = i / 64, bests = pages <= parts ? 8 : pages <= 2 * parts ? 4 : 2;
+                const int warp = page / parts % GROUPS * 4 + i % 64 / 16, at = i % 8 % (bests / 2) * 2 + i / 8 % 2;
+                uint32_t& best = few_tops[page % parts * BESTS + warp * bests + at];
+                best = std::max(best, ranks[i]);
             }
             Dev<uint32_t> d_scores(ranks);
-            Dev<uint32_t> d_tops(tops);
+            Dev<uint32_t> d_tops(tops), d_few_tops(few_tops);
             Dev<int> table(std::vector<int>(pages, 0)), end(std::vector<int>(1, n));
             for (int k : {1, 512, 2048, 4096}) {
                 if (n > 100000 && k == 512) continue;
@@ -266,17 +298,23 @@ static void check_topk() {
                 p.rows = p.queries = 1;
                 p.k = k;
                 p.out_row = k + 1;
-                for (Dev<int>* o : {&out, &again}) {
-                    OK(cudaMemset(o->p, 0x77, (k + 1) * 4));
-                    p.out = o->p;
-                    run(p, 0, 2);
-                    OK(cudaDeviceSynchronize());
-                }
-                std::vector<int> want = best(scores.data(), n, k), got = out.get();
+                std::vector<int> want = best(scores.data(), n, k);
                 want.push_back(0x77777777);
-                expect(got == want, std::string("topk ") + kind.name + " n " + std::to_string(n) + " k " + std::to_string(k));
-                expect(got == again.get(), std::string("topk repeated ") + kind.name);
-                ++cases;
+                for (int with : {0, 1, 2}) {
+                    few_rows = with == 1, few_picks = with > 0;
+                    p.tops = with == 1 ? d_few_tops.p : d_tops.p;
+                    if (with && (k > 2048 || n > 1 << 18)) continue;
+                    for (Dev<int>* o : {&out, &again}) {
+                        OK(cudaMemset(o->p, 0x77, (k + 1) * 4));
+                        p.out = o->p;
+                        run(p, 0, 2);
+                        OK(cudaDeviceSynchronize());
+                    }
+                    const std::vector<int> got = out.get();
+                    expect(got == want, std::string("topk ") + kind.name + " n " + std::to_string(n) + " k " + std::to_string(k) + (with ? with == 1 ? " few" : " picked" : ""));
+                    expect(got == again.get(), std::string("topk repeated ") + kind.name);
+                    ++cases;
+                }
             }
         }
     }
@@ -302,7 +340,7 @@ struct Problem {
           pages(pool_pages ? pool_pages : requests * per + 3), q(size_t(requests) * queries * heads * DIM),
           pool(given ? 0 : size_t(pages) * PAGE_BYTES), w(size_t(requests) * queries * heads),
           scores(size_t(requests) * queries * per * 64),
-          tops(size_t(requests) * queries * per * 8), table(size_t(requests) * per), end(size_t(requests) * queries),
+          tops(size_t(requests) * queries * std::max<int64_t>(per * 8, 4096)), table(size_t(requests) * per), end(size_t(requests) * queries),
           out(size_t(requests) * queries * k), lengths(lengths) {
         std::mt19937 rng(1);
         const uint8_t* keys = given ? given->p : pool.p;
@@ -342,6 +380,7 @@ struct Problem {
         const int padded = heads <= 16 ? 16 : heads <= 32 ? 32 : 64;
         p.k_map = make_map(keys, TILE, pages, DIM, PAGE_BYTES, TILE, 1);
         p.q_map = make_map(q.p, heads, rows, DIM, heads * DIM, padded, queries);
+        p.all_map = make_map(q.p, heads, rows, DIM, heads * DIM, padded, std::min(rows, 8));
         p.scores = scores.p;
         p.tops = tops.p;
         p.out = out.p;
@@ -558,10 +597,11 @@ static void time_all() {
         int requests, queries, heads, length;
     };
     for (const Case& c : {Case{64, 1, 64, 131072}, {64, 1, 32, 131072}, {16, 1, 64, 131072}, {16, 1, 32, 131072},
-                          {1, 1, 64, 131072}, {1, 1, 32, 131072}, {1, 1, 64, 32768}, {1, 1, 32, 32768}, {16, 2, 64, 131072},
-                          {16, 4, 32, 131072}, {64, 1, 64, 8192}, {64, 1, 64, 4096}, {64, 1, 64, 32768}, {1, 1, 64, 8192},
-                          {1, 1, 64, 16384}, {1, 1, 64, 65536}, {1, 2, 64, 131072}, {2, 1, 64, 131072}, {4, 1, 64, 131072}, {8, 1, 64, 131072},
-                          {8, 1, 64, 32768}, {1, 1, 64, 262144}}) {
+                          {1, 1, 64, 131072}, {1, 1, 32, 131072}, {1, 1, 64, 32768}, {1, 1, 32, 32768}, {1, 1, 64, 204800},
+                          {2, 1, 64, 204800}, {4, 1, 64, 204800}, {8, 1, 64, 204800}, {1, 2, 64, 131072}, {2, 1, 64, 131072},
+                          {4, 1, 64, 131072}, {8, 1, 64, 131072}, {8, 1, 64, 32768}, {16, 1, 64, 32768}, {64, 1, 64, 32768},
+                          {64, 1, 64, 8192}, {64, 1, 64, 4096}, {16, 2, 64, 131072}, {16, 4, 32, 131072}, {1, 1, 64, 65536},
+                          {1, 1, 64, 16384}, {1, 1, 64, 8192}, {1, 1, 64, 4096}}) {
         const int64_t per = (c.length + 63) / 64, each = c.requests * per;
         // Copies of the block table with other pages, so that nothing comes from L2.
         const int sets = int(std::max<int64_t>(1, std::min<int64_t>(16, pool_pages / each)));

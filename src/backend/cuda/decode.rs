@@ -1,4 +1,4 @@
-//! Decode on Hopper: `kernels/decode_sm90.cu`.
+//! Decode on Hopper: `kernels/decode_sm90.cu`, and `kernels/decode_few_sm90.cu` for a few rows.
 
 use super::driver::{Boxes, Gpu, Kernel, TensorMap};
 use super::params::{self, Ptr, at, n, small};
@@ -23,21 +23,126 @@ const DIM: usize = 128;
 /// Bytes of scores, and of the best of every 8, that a launch leaves in memory, at most.
 const SCRATCH: usize = 128 << 20;
 
-/// The kernels, by padded number of heads.
+/// Rows that `few_scores` takes at most: for more, `decode_scores` wastes less of what memory gives.
+const FEW_ROWS: usize = 4;
+/// Its blocks, their threads, the bests of a row that each finds, and pages of a row that each can take.
+const FEW_BLOCKS: usize = 128;
+const FEW_THREADS: u32 = 128 * GROUPS as u32 + 32;
+const FEW_BESTS: usize = 8 * GROUPS;
+const FEW_PAGES: usize = 32;
+/// Stages of its ring: with more, a block of the next kernel would less often find room beside.
+const FEW_STAGES: usize = 8;
+/// Rows that `few_topk` takes at most, if there is room for all their clusters at once, and the largest k.
+const PICK_ROWS: usize = 8;
+const PICK_TOPK: usize = 2048;
+const PICK_POSITIONS: usize = 1 << 18;
+/// Blocks of its clusters, their threads, and shared memory: `PickShared`, and more for every so many positions.
+const PICK_BLOCKS: usize = 16;
+const PICK_THREADS: u32 = 512;
+const PICK_SHARED: usize = 75_696;
+const PICK_ROUND: usize = 1 << 15;
+const PICK_ROUND_SHARED: usize = 16 * PICK_THREADS as usize;
+
+/// The kernels; of scores by padded number of heads.
 #[derive(Debug)]
 pub(super) struct Decode {
     scores: [(usize, Kernel); 3],
     topk: Kernel,
+    few: Option<Few>,
 }
 
-/// Scores and the best of every 8.
+/// Those for a few rows.
+#[derive(Debug)]
+struct Few {
+    scores: [(usize, Kernel); 3],
+    /// Positions of a row at most, rows that the device works on at once, and the kernel.
+    topk: [(usize, usize, Kernel); 2],
+}
+
+/// The kernel for so many heads.
+fn by_heads(kernels: &[(usize, Kernel); 3], padded: usize) -> Option<&Kernel> {
+    kernels.iter().find(|(heads, _)| *heads == padded).map(|(_, k)| k)
+}
+
+/// Dynamic shared memory of `few_topk`, for rows of up to so many positions.
+fn pick_shared(columns: usize) -> u32 {
+    (PICK_SHARED + columns.div_ceil(PICK_ROUND) * PICK_ROUND_SHARED) as u32
+}
+
+impl Few {
+    /// The kernels, if there are any and the device holds their clusters.
+    fn load(gpu: &Gpu) -> Result<Option<Self>> {
+        const FILE: &str = "decode_few_sm90";
+        let scores = |name| {
+            let kernel = gpu.kernel(FILE, name, SCORES_SHARED as u32)?;
+            gpu.prefer_shared(&kernel)?;
+            Ok(kernel)
+        };
+        let topk = |columns| {
+            let (blocks, shared) = (PICK_BLOCKS as u32, pick_shared(columns));
+            let (kernel, at_once) =
+                gpu.cluster_kernel(FILE, c"few_topk", blocks, PICK_THREADS, shared)?;
+            gpu.prefer_shared(&kernel)?;
+            Ok((columns, at_once, kernel))
+        };
+        Ok(Some(Few {
+            scores: [
+                (16, scores(c"few_scores_16")?),
+                (32, scores(c"few_scores_32")?),
+                (64, scores(c"few_scores_64")?),
+            ],
+            topk: [topk(PICK_POSITIONS / 2)?, topk(PICK_POSITIONS)?],
+        }))
+    }
+
+    /// The kernel of top-k, if it is for such rows and has room for all their clusters at once.
+    fn topk(&self, gpu: &Gpu, rows: usize, columns: usize, k: usize) -> Option<&Kernel> {
+        let (_, at_once, kernel) = self.topk.iter().find(|(most, _, _)| columns <= *most)?;
+        let pages = few_blocks(gpu) * FEW_PAGES;
+        let fits = rows <= PICK_ROWS.min(*at_once) && columns <= pages * PAGE && k <= PICK_TOPK;
+        fits.then_some(kernel)
+    }
+
+    /// # Safety
+    /// As [`Kernel::launch`].
+    unsafe fn score(
+        &self,
+        gpu: &Gpu,
+        x: &mut Operands,
+        params: &mut params::Decode,
+        stream: Stream,
+    ) -> Result<()> {
+        let Some(kernel) = by_heads(&self.scores, x.padded) else { return Ok(()) };
+        let (blocks, rows) = (few_blocks(gpu), params.rows as usize);
+        params.stages = small(FEW_STAGES);
+        params.tops_row = n(blocks * FEW_BESTS);
+        params.eights = 0;
+        if x.ix.map.row_request != 0 {
+            params.queries = 1; // Which rows follow each other is not known here.
+        }
+        let mut q = x.queries(rows)?;
+        let (keys, q) = ((&raw mut x.keys).cast(), (&raw mut q).cast());
+        let mut arguments = [(&raw mut *params).cast(), keys, q];
+        let (grid, shared, stream) = ((blocks, 1), x.few_shared(rows), stream.as_raw());
+        // SAFETY: the kernel's parameters; the rest passed on.
+        unsafe { kernel.launch_with(grid, FEW_THREADS, shared, stream, &mut arguments, true) }
+    }
+}
+
+/// Blocks of `few_scores`.
+fn few_blocks(gpu: &Gpu) -> usize {
+    gpu.sms.min(FEW_BLOCKS)
+}
+
+/// Scores and the best of every 8; for a few rows, what their blocks find.
 struct Scratch {
     scores: Ptr,
     tops: Ptr,
 }
 
 fn lay(a: &mut Addresses, positions: usize) -> Scratch {
-    Scratch { scores: a.take::<f32>(positions), tops: a.take::<u32>(positions / 8) }
+    let few = FEW_ROWS * FEW_BLOCKS * FEW_BESTS;
+    Scratch { scores: a.take::<f32>(positions), tops: a.take::<u32>((positions / 8).max(few)) }
 }
 
 /// Positions that scratch has room for: those of all rows that decode can have. Never less for larger shapes.
@@ -70,7 +175,6 @@ fn copyable(addresses: [Ptr; 2], strides: [usize; 3]) -> bool {
 struct Operands {
     ix: params::Indexer,
     keys: TensorMap,
-    q: TensorMap,
     padded: usize,
     /// Rows of a group; with `row_request`, at most.
     queries: usize,
@@ -102,11 +206,19 @@ impl Operands {
         }
         let dims = [(DIM, 1, 128), (PAGE, DIM, PAGE as u32), (pages, page, 1)];
         let keys = TensorMap::new(Boxes::Bytes, at(k.as_ptr()), dims)?;
-        let dims =
-            [(DIM, 1, 128), (ix.heads, q_head, padded as u32), (ix.rows, q_row, queries as u32)];
-        let q = TensorMap::new(Boxes::Bytes, at(q.as_ptr()), dims)?;
-        let ix = params::Indexer::of(ix);
-        Ok(Some(Operands { ix, keys, q, padded, queries, unit }))
+        Ok(Some(Operands { ix: params::Indexer::of(ix), keys, padded, queries, unit }))
+    }
+
+    /// The queries, by boxes of so many rows.
+    fn queries(&self, rows: usize) -> Result<TensorMap> {
+        let size = |x: i64| usize::try_from(x).unwrap_or(0);
+        let (ix, heads, rows) = (&self.ix, self.padded as u32, rows as u32);
+        let dims = [
+            (DIM, 1, 128),
+            (size(ix.heads.into()), size(ix.q_head), heads),
+            (size(ix.rows), size(ix.q_row), rows),
+        ];
+        TensorMap::new(Boxes::Bytes, ix.q, dims)
     }
 
     /// Stages of the ring of pages that shared memory has room for, and the bytes of it all: `Shared` of the kernel.
@@ -117,6 +229,12 @@ impl Operands {
         let stage = 2 * PAGE * (DIM + 4) + 16 + 16;
         let stages = ((SCORES_SHARED - fixed) / stage).min(STAGES) / GROUPS * GROUPS;
         (stages, fixed + stages * stage)
+    }
+
+    /// Bytes of `FewShared`.
+    fn few_shared(&self, rows: usize) -> u32 {
+        let fixed = 1024 + rows * (self.padded * (DIM + 4) + 4 * FEW_BESTS + 4) + 16;
+        (fixed + FEW_STAGES * (PAGE * (DIM + 4) + 16 + 16)) as u32
     }
 }
 
@@ -134,6 +252,7 @@ impl Decode {
                 (64, kernel(c"decode_scores_64", SCORES_SHARED as u32)?),
             ],
             topk: kernel(c"decode_topk", TOPK_SHARED)?,
+            few: Few::load(gpu)?,
         }))
     }
 
@@ -148,9 +267,9 @@ impl Decode {
     ) -> Result<()> {
         let (stages, shared) = x.ring();
         params.stages = small(stages);
-        let kernel = self.scores.iter().find(|(heads, _)| *heads == x.padded).map(|(_, k)| k);
-        let Some(kernel) = kernel else { return Ok(()) };
-        let (keys, q) = ((&raw mut x.keys).cast(), (&raw mut x.q).cast());
+        let Some(kernel) = by_heads(&self.scores, x.padded) else { return Ok(()) };
+        let mut q = x.queries(x.queries)?;
+        let (keys, q) = ((&raw mut x.keys).cast(), (&raw mut q).cast());
         let mut arguments = [(&raw mut *params).cast(), keys, q];
         let (grid, threads, stream) = ((gpu.sms, 1), SCORES_THREADS, stream.as_raw());
         // SAFETY: the kernel's parameters; the rest passed on.
@@ -182,6 +301,8 @@ impl Decode {
                 queries: small(x.queries),
                 k: 0,
                 stages: 0,
+                eights: 1,
+                reserved: 0,
             };
             // SAFETY: checked tensors on this device; lengths and pages are bounded on the device.
             unsafe { self.score(gpu, &mut x, &mut params, stream)? };
@@ -223,14 +344,25 @@ impl Decode {
                 queries: small(x.queries),
                 k: small(op.topk),
                 stages: 0,
+                eights: 1,
+                reserved: 0,
             };
-            let (grid, threads) = ((rows, 1), TOPK_THREADS);
+            let few = self.few.as_ref();
+            let few = few.and_then(|few| Some((few, few.topk(gpu, rows, columns, op.topk)?)));
+            let (topk, blocks, threads, shared) = match few {
+                Some((_, topk)) => (topk, rows * PICK_BLOCKS, PICK_THREADS, pick_shared(columns)),
+                None => (&self.topk, rows, TOPK_THREADS, TOPK_SHARED),
+            };
             // SAFETY: checked tensors and scratch on this device; lengths and pages are bounded on the device.
             unsafe {
-                self.score(gpu, &mut x, &mut params, stream)?;
-                let mut arguments = [(&raw mut params).cast()];
-                let stream = stream.as_raw();
-                self.topk.launch_with(grid, threads, TOPK_SHARED, stream, &mut arguments, true)?;
+                match few {
+                    Some((few, _)) if rows <= FEW_ROWS => {
+                        few.score(gpu, &mut x, &mut params, stream)?;
+                    }
+                    _ => self.score(gpu, &mut x, &mut params, stream)?,
+                }
+                let (mut arguments, stream) = ([(&raw mut params).cast()], stream.as_raw());
+                topk.launch_with((blocks, 1), threads, shared, stream, &mut arguments, true)?;
             }
         }
         Ok(true)

@@ -215,6 +215,16 @@ impl Gpu {
         Ok(Kernel { function, name, early: self.early })
     }
 
+    /// Has the kernel run with as much shared memory on its multiprocessor as there is, so that blocks of another kernel
+    /// find room beside its own.
+    pub(super) fn prefer_shared(&self, kernel: &Kernel) -> Result<()> {
+        let _entered = self.enter()?;
+        let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+        // SAFETY: a function of ours; percent.
+        let r = unsafe { sys::cuFuncSetAttribute(kernel.function, attribute, 100) };
+        check("cuFuncSetAttribute", r)
+    }
+
     /// A kernel compiled for clusters of `blocks`, and how many clusters the device holds at once; maybe none.
     pub(super) fn cluster_kernel(
         &self,

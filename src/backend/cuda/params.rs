@@ -82,7 +82,7 @@ params! {
         k: i32,
         capacity: i32,
     }
-    struct Decode = 272 {
+    struct Decode = 280 {
         ix: Indexer,
         scores: Ptr,
         tops: Ptr,
@@ -96,6 +96,8 @@ params! {
         queries: i32,
         k: i32,
         stages: i32,
+        eights: i32,
+        reserved: i32,
     }
     struct IndexKWrite = 80 {
         k: Ptr,
