@@ -1,16 +1,15 @@
-// Computes: sparse MLA as attention.cu does, on Hopper's tensor cores: d_qk 576, d_v 512, bf16 queries, KV bf16 or
-//           656 bytes; `combine` joins the parts of a row that was split.
-// Shapes:   q bf16 [rows, heads, 576], KV rows of 1152 or 656 bytes, indices int32 [rows, topk], out bf16 or f32.
+// Computes: sparse MLA as attention.cu does, on Hopper's tensor cores: d_qk 576, d_v 512, bf16 queries and KV; `combine` joins
+//           the parts of a row that was split, of all kernels of sparse attention.
+// Shapes:   q bf16 [rows, heads, 576], KV rows of 1152 bytes, indices int32 [rows, topk], out bf16 or f32.
 // Idea:     a block takes 64 heads of a row and a part of its indices. One warpgroup gathers 64 KV rows at a time into
-//           one of two tiles (fp8 is widened to bf16 on the way), one has scores and softmax, two add probabilities
-//           times values, 256 columns each: gathering, a tile's scores and another's values overlap.
-// Roofline: 2 * 64 * (576 + 512) flop a token against the bf16 tensor rate; 72 KB (fp8: 41 KB) from L2 a tile, and
-//           about 310 KB through shared memory.
+//           one of two tiles, one has scores and softmax, two add probabilities times values, 256 columns each:
+//           gathering, a tile's scores and another's values overlap.
+// Roofline: 2 * 64 * (576 + 512) flop a token against the bf16 tensor rate; 72 KB from L2 a tile, and about 310 KB
+//           through shared memory.
 // Tensor cores: HGMMA
 #include "attention_sm90.cuh"
 
 constexpr int THREADS = 512, HEADS = 64, STAGES = 2;
-constexpr int SHARE = 1;  // Of four: fp8 rows that the group of the scores widens.
 
 // Dynamic shared memory; `WIDE_SHARED` in src/backend/cuda/attention.rs mirrors its size.
 struct Shared {
@@ -54,46 +53,6 @@ __device__ inline void produce(const Attention& p, Shared& sm, const Rows& rows,
     }
 }
 
-// Widens fp8 rows: those of a group's threads are 16 * COUNT, from 16 * FIRST on, of each tile. Widening takes more
-// instructions than one group can issue in the time of a tile's products, so two groups share it.
-template <int FIRST, int COUNT>
-struct Widening {
-    int32_t index[COUNT];  // Of the tile after the next; the next one's codes are loaded.
-    const uint8_t* from[COUNT];
-    uint4 raw[COUNT][4];
-    float4 scales[COUNT];
-
-    __device__ void load(const Rows& rows, int tile) {
-        rows.load(tile * TOKENS + 16 * FIRST + threadIdx.x % 128 / 8, 16, index);
-    }
-    __device__ void find(const Attention& p, const Rows& rows) {
-        rows.find(p, index, from);
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) load_codes(from[i], threadIdx.x % 8, raw[i], scales[i]);
-    }
-    __device__ void put(const Attention& p, Shared& sm, const Rows& rows, int first, int tile) {
-        const int tid = opaque(int(threadIdx.x)) % 128, chunk = tid % 8, token = 16 * FIRST + tid / 8;
-        const int stage = tile % STAGES;
-        const uint32_t to = shared_address(sm.kv[stage]) + 8 * BLOCK_BYTES;
-        if (tile >= STAGES) sm.empty[stage].wait((tile / STAGES - 1) & 1);
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
-            copy16(to + swizzled(token + 16 * i, chunk), (from[i] ? from[i] + 528 : p.kv) + chunk * 16, from[i] != nullptr);
-            if (chunk == 0) sm.live[stage][token + 16 * i] = from[i] != nullptr;
-        }
-        sm.full[stage].arrive_copies();
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
-            store_wide(sm.kv[stage], token + 16 * i, chunk, raw[i], scales[i]);
-            asm volatile("" ::: "memory");
-        }
-        fence_async();
-        sm.full[stage].arrive();
-        find(p, rows);
-        load(rows, first + tile + 2);
-    }
-};
-
 // The block's queries; heads that are not there are left as they are. By all but the gathering group.
 __device__ inline void load_queries(const Attention& p, Shared& sm, int64_t row, int head0) {
     constexpr int COPIES = HEADS * D_QK / 8 / (THREADS - 128);
@@ -109,7 +68,6 @@ __device__ inline void load_queries(const Attention& p, Shared& sm, int64_t row,
     named_barrier<THREADS - 128>(2);
 }
 
-template <bool FP8>
 __device__ inline void attend(const AttentionSm90& s) {
     extern __shared__ __align__(1024) uint8_t dynamic[];
     Shared& sm = *reinterpret_cast<Shared*>(dynamic);
@@ -122,7 +80,7 @@ __device__ inline void attend(const AttentionSm90& s) {
     if (tid == 0) {
         for (int i = 0; i < STAGES; ++i) {
             sm.half[i].init(128);
-            sm.full[i].init(FP8 ? 512 : 256);
+            sm.full[i].init(256);
             sm.half_empty[i].init(8);
             sm.empty[i].init(8);
             sm.ready[i].init(128);
@@ -139,49 +97,32 @@ __device__ inline void attend(const AttentionSm90& s) {
     const int lane = tid % 32, head = tid % 128 / 32 * 16 + lane / 4;  // And head + 8, in wgmma's layout.
     if (group == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
-        if (FP8) {
-            Widening<0, 4 - SHARE> widening;
-            widening.load(rows, first);
-            widening.find(p, rows);
-            widening.load(rows, first + 1);
-            for (int tile = 0; tile < tiles; ++tile) widening.put(p, sm, rows, first, tile);
-        } else {
-            produce(p, sm, rows, first, tiles);
-        }
+        produce(p, sm, rows, first, tiles);
     } else if (group == 1) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
         const float c = p.softmax_scale * LOG2E;
         const uint64_t query_base = descriptor(shared_address(sm.q));
-        Widening<4 - SHARE, SHARE> widening;
-        if (FP8) {
-            widening.load(rows, first);
-            widening.find(p, rows);
-            widening.load(rows, first + 1);
-        }
         load_queries(p, sm, row, head0);
-        if (FP8 && tiles > 0) widening.put(p, sm, rows, first, 0);
         float top[2] = {-CUDART_INF_F, -CUDART_INF_F}, sum[2] = {};
         for (int tile = 0; tile < tiles; ++tile) {
             const int stage = tile % STAGES;
             const uint32_t kv = shared_address(sm.kv[stage]);
             float x[32];
             const uint64_t keys = opaque(descriptor(kv)), queries = opaque(query_base);
-            if (!FP8) {
-                sm.half[stage].wait(tile / STAGES & 1);
-                fence_async();
-                wgmma_fence();
+            sm.half[stage].wait(tile / STAGES & 1);
+            fence_async();
+            wgmma_fence();
 #pragma unroll
-                for (int k = 0; k < 16; ++k) {
-                    const int at = k / 4 * BLOCK_BYTES + k % 4 * 32;
-                    wgmma_scores(x, further(queries, at), further(keys, at), k != 0);
-                }
-                wgmma_commit();
+            for (int k = 0; k < 16; ++k) {
+                const int at = k / 4 * BLOCK_BYTES + k % 4 * 32;
+                wgmma_scores(x, further(queries, at), further(keys, at), k != 0);
             }
+            wgmma_commit();
             sm.full[stage].wait(tile / STAGES & 1);
             fence_async();
             wgmma_fence();
 #pragma unroll
-            for (int k = FP8 ? 0 : 16; k < D_QK / 16; ++k) {
+            for (int k = 16; k < D_QK / 16; ++k) {
                 const int at = k / 4 * BLOCK_BYTES + k % 4 * 32;
                 wgmma_scores(x, further(queries, at), further(keys, at), k != 0);
             }
@@ -235,7 +176,6 @@ __device__ inline void attend(const AttentionSm90& s) {
             }
             fence_async();
             sm.ready[stage].arrive();
-            if (FP8 && tile + 1 < tiles) widening.put(p, sm, rows, first, tile + 1);
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -315,8 +255,7 @@ __device__ inline void attend(const AttentionSm90& s) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_bf16(PARAMS AttentionSm90 p) { attend<false>(p); }
-extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_fp8(PARAMS AttentionSm90 p) { attend<true>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_bf16(PARAMS AttentionSm90 p) { attend(p); }
 
 // A block takes a head of a row; each thread four columns. Parts are added in their order.
 extern "C" __global__ void __launch_bounds__(128) attention_combine(PARAMS AttentionSm90 s) {

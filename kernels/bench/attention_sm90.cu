@@ -7,13 +7,20 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
+#include <random>
 #include <string>
+#include <thread>
+#include <tuple>
 #include <vector>
 
 #include "../attention_sm90.cuh"
 
 namespace wide {
 #include "../attention_sm90.cu"
+}
+namespace wide_fp8 {
+#include "../attention_fp8_sm90.cu"
 }
 namespace few {
 #include "../attention_few_sm90.cu"
@@ -51,9 +58,16 @@ static float from_bf16(uint16_t x) {
     return f;
 }
 static float from_e4m3(uint8_t c) {
-    int e = c >> 3 & 15, m = c & 7;
-    float f = e ? ldexpf(1.0f + m / 8.0f, e - 7) : ldexpf(m / 8.0f, -6);
-    return c & 0x80 ? -f : f;
+    static const std::vector<float> all = [] {
+        std::vector<float> all(256);
+        for (int c = 0; c < 256; ++c) {
+            int e = c >> 3 & 15, m = c & 7;
+            float f = e ? ldexpf(1.0f + m / 8.0f, e - 7) : ldexpf(m / 8.0f, -6);
+            all[c] = c & 0x80 ? -f : f;
+        }
+        return all;
+    }();
+    return all[c];
 }
 
 __global__ void fill(uint8_t* kv, int64_t rows, int fp8) {
@@ -139,8 +153,8 @@ void Launcher::operator()(AttentionSm90 s, int64_t rows, cudaStream_t stream) {
         const bool fp8 = s.a.kv_format == KV_FP8;
         const unsigned parts = rows * s.splits;
         if (!uses_few(s)) {
-            launch_one(fp8 ? wide::attention_fp8 : wide::attention_bf16, dim3(parts * head_tiles(s)), wide::THREADS,
-                       sizeof(wide::Shared), true, s, stream);
+            launch_one(fp8 ? wide_fp8::attention_fp8 : wide::attention_bf16, dim3(parts * head_tiles(s)), wide::THREADS,
+                       fp8 ? sizeof(wide_fp8::Shared) : sizeof(wide::Shared), true, s, stream);
         } else {
             const FewKernel* k = few_kernels;
             while (k->fp8 != fp8 || k->heads < s.a.heads) ++k;
@@ -277,7 +291,10 @@ static void check(const Case& c) {
 
     double worst = 0, worst_lse = 0, norm = 0, off = 0;
     int bad = 0;
-    for (int r = 0; r < c.rows; ++r) {
+    std::mutex sums;
+    auto compare = [&](int r) {
+        double worst_here = 0, worst_lse_here = 0, norm_here = 0, off_here = 0;
+        int bad_here = 0;
         const int count = c.lengths ? std::min(std::max(lengths[r], 0), c.topk) : c.topk;
         std::vector<int> use;
         for (int j = 0; j < count; ++j) {
@@ -301,10 +318,10 @@ static void check(const Case& c) {
             const double denom = sum + (c.sink ? exp(sink[h] - top) : 0.0);
             const float got_lse = lse[size_t(r) * c.heads + h];
             if (use.empty()) {
-                bad += got_lse != -INFINITY;
+                bad_here += got_lse != -INFINITY;
             } else {
-                worst_lse = std::max(worst_lse, fabs(got_lse - (top + log(sum))));
-                bad += !(got_lse == got_lse);
+                worst_lse_here = std::max(worst_lse_here, fabs(got_lse - (top + log(sum))));
+                bad_here += !(got_lse == got_lse);
             }
             for (size_t j = 0; j < use.size(); ++j) {
                 const double* v = &wide[size_t(use[j]) * 576];
@@ -315,13 +332,21 @@ static void check(const Case& c) {
                 const size_t at = (size_t(r) * c.heads + h) * 512 + i;
                 float got;
                 if (c.f32_out) memcpy(&got, &out[at * 4], 4); else { uint16_t b; memcpy(&b, &out[at * 2], 2); got = from_bf16(b); }
-                if (!(got == got) || (use.empty() && got != 0.0f)) ++bad;
-                worst = std::max(worst, fabs(got - o));
-                off += (got - o) * (got - o);
-                norm += o * o;
+                if (!(got == got) || (use.empty() && got != 0.0f)) ++bad_here;
+                worst_here = std::max(worst_here, fabs(got - o));
+                off_here += (got - o) * (got - o);
+                norm_here += o * o;
             }
         }
+        std::lock_guard<std::mutex> held(sums);
+        worst = std::max(worst, worst_here), worst_lse = std::max(worst_lse, worst_lse_here);
+        norm += norm_here, off += off_here, bad += bad_here;
+    };
+    std::vector<std::thread> threads;
+    for (int i = 0; i < 16; ++i) {
+        threads.emplace_back([&, i] { for (int r = i; r < c.rows; r += 16) compare(r); });
     }
+    for (auto& t : threads) t.join();
     const double relative = norm > 0 ? sqrt(off / norm) : 0;
     const bool ok = bad == 0 && unstable == 0 && relative < 6e-3 && worst_lse < (c.fp8 ? 1e-2 : 1e-3);
     failures += !ok;
@@ -351,10 +376,38 @@ __global__ void __launch_bounds__(256) only_gather(PARAMS Attention p, int parts
     for (int i = 0; i < 24; ++i) sum += x[i / 3][i % 3].x ^ x[i / 3][i % 3].y ^ x[i / 3][i % 3].z ^ x[i / 3][i % 3].w;
     if (sum == 0x12345678) p.lse[0] = 1.0f;
 }
-// `order`: 0 random, 1 ascending, 2 ascending with 90 % shared by the rows of 64 neighbours.
-static const char* filter = "";
+// Indices of rows, `order`: 0 random, 1 ascending, 2 ascending and 90 % of them the same for 64 neighbours.
+static const std::vector<int32_t>& chosen(int rows, int topk, int64_t tokens, int order) {
+    static std::vector<int32_t> indices;
+    static std::tuple<int, int, int64_t, int> held;
+    if (held == std::make_tuple(rows, topk, tokens, order)) return indices;
+    held = {rows, topk, tokens, order};
+    indices.resize(size_t(rows) * topk);
+    std::vector<std::thread> threads;
+    for (int block = 0; block < 16; ++block) {
+        threads.emplace_back([=] {
+            std::vector<int32_t> common(topk);
+            std::mt19937_64 random(block + 1);
+            const int first = rows * block / 16, last = rows * (block + 1) / 16;
+            for (int r = first; r < last; ++r) {
+                int32_t* to = &indices[size_t(r) * topk];
+                // One of each stretch of tokens / topk.
+                for (int j = 0; j < topk; ++j) to[j] = int32_t((j * tokens + int64_t(random() % tokens)) / topk);
+                if (order == 2) {
+                    if ((r - first) % 64 == 0) std::copy(to, to + topk, common.begin());
+                    for (int j = 0; j < topk; ++j) if (random() % 10) to[j] = common[j];
+                }
+                if (order == 0) std::shuffle(to, to + topk, random);
+            }
+        });
+    }
+    for (auto& t : threads) t.join();
+    return indices;
+}
+
+static std::vector<const char*> filters;  // All of them are in the names of what is timed.
 static void time(const char* name, int requests, int queries, int heads, int64_t tokens, int fp8, int order, int splits, bool prefill) {
-    if (!strstr(name, filter)) return;
+    for (const char* f : filters) if (!strstr(name, f)) return;
     const int topk = 2048, rows = requests * queries, row_bytes = fp8 ? 656 : 1152;
     const int64_t stores = prefill ? 1 : requests;
     const int sets = prefill ? 1 : int(std::max<int64_t>(1, std::min<int64_t>(64, POOL / (stores * tokens * row_bytes))));
@@ -364,19 +417,7 @@ static void time(const char* name, int requests, int queries, int heads, int64_t
         CK(cudaDeviceSynchronize());
         filled = fp8;
     }
-    std::vector<int32_t> indices(size_t(rows) * topk);
-    std::vector<int32_t> shared_set(tokens);
-    for (int r = 0; r < rows; ++r) {
-        int32_t* to = &indices[size_t(r) * topk];
-        if (order == 2 && r % 64) {
-            memcpy(to, to - topk, topk * 4);
-            for (int j = 0; j < topk / 10 / 8; ++j) to[next() % topk] = next() % tokens;  // Drifts; about 90 % of any neighbours agree.
-        } else {
-            for (int j = 0; j < topk; ++j) to[j] = (uint64_t(j) * tokens + next() % tokens) / topk % tokens;
-            if (order == 0) for (int j = topk - 1; j > 0; --j) std::swap(to[j], to[next() % (j + 1)]);
-        }
-        if (order) std::sort(to, to + topk);
-    }
+    std::vector<int32_t> indices = chosen(rows, topk, tokens, order);
     if (!prefill) for (int r = 0; r < rows; ++r) for (int j = 0; j < topk; ++j) indices[size_t(r) * topk + j] += int32_t(r / queries * tokens);
     int32_t* di;
     uint16_t *dq, *dout;
@@ -434,7 +475,7 @@ static void time(const char* name, int requests, int queries, int heads, int64_t
 
 int main(int argc, char** argv) {
     const std::string what = argc > 1 ? argv[1] : "all";
-    if (argc > 2) filter = argv[2];
+    filters.assign(argv + std::min(argc, 2), argv + argc);
     auto allow = [](auto kernel, int threads, size_t bytes) {
         CK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
         int blocks;
@@ -442,7 +483,7 @@ int main(int argc, char** argv) {
         printf("shared %zu blocks %d\n", bytes, blocks);
     };
     allow(wide::attention_bf16, wide::THREADS, sizeof(wide::Shared));
-    allow(wide::attention_fp8, wide::THREADS, sizeof(wide::Shared));
+    allow(wide_fp8::attention_fp8, wide::THREADS, sizeof(wide_fp8::Shared));
     for (const FewKernel& k : few_kernels) allow(k.kernel, k.threads, k.shared);
     if (what == "check" || what == "all") {
         check({"one tile", 1, 64, 64, 0, 1});
@@ -464,6 +505,17 @@ int main(int argc, char** argv) {
         check({"heads 20", 3, 20, 2048, 0, 0});
         check({"heads 100", 3, 100, 2048, 0, 0});
         check({"heads 128 split", 2, 128, 2048, 1, 32, 0, 0, 1, 1});
+        for (int fp8 : {0, 1}) {
+            for (int tiles : {1, 2, 3, 4, 5, 7}) check({"128", 3, 128, 64 * tiles, fp8, 1});
+            check({"128, many rows", 300, 128, 2048, fp8, 1});
+            check({"128, holes, sink, mapped, f32", 9, 96, 600, fp8, 1, 1, 0, 1, 1, 1});
+            check({"128, lengths", 22, 65, 300, fp8, 1, 0, 1, 1});
+            check({"128, lengths, split", 22, 128, 2048, fp8, 8, 0, 1, 1});
+            check({"128, holes by tile", 2, 127, 1000, fp8, 1, 3});
+            check({"128, nothing", 2, 128, 256, fp8, 1, 2, 0, 1});
+            check({"128, nothing, split", 2, 128, 256, fp8, 4, 2, 0, 1});
+            if (!fp8) check({"128, large scores", 2, 128, 2048, fp8, 4, 0, 0, 0, 0, 0, 2.0f});
+        }
         check({"nothing, split", 2, 64, 256, 1, 4, 2, 0, 1});
         for (int heads : {1, 5, 8, 9, 16, 19, 20, 21, 32}) {
             for (int fp8 : {0, 1}) {
@@ -519,10 +571,18 @@ int main(int argc, char** argv) {
         time("prefill fp8 h20 kv131072 random", 4096, 1, 20, 131072, 1, 0, 1, true);
         time("prefill fp8 h20 kv131072 90 % shared", 4096, 1, 20, 131072, 1, 2, 1, true);
         time("prefill fp8 h20 8192 rows kv200000 asc", 8192, 1, 20, 200000, 1, 1, 1, true);
-        time("prefill bf16 h64 kv32768 asc", 4096, 1, 64, 32768, 0, 1, 1, true);
-        time("prefill bf16 h64 kv131072 asc", 4096, 1, 64, 131072, 0, 1, 1, true);
-        time("prefill bf16 h128 kv131072 asc", 4096, 1, 128, 131072, 0, 1, 1, true);
+        for (int tokens : {32768, 131072}) {
+            for (int order : {0, 1, 2}) {
+                for (int heads : {64, 128}) {
+                    const char* orders[] = {"random", "asc", "shared"};
+                    char name[64];
+                    snprintf(name, 64, "prefill bf16 h%d kv%d %s", heads, tokens, orders[order]);
+                    time(name, 4096, 1, heads, tokens, 0, order, 1, true);
+                }
+            }
+        }
         time("prefill fp8 h64 kv32768 asc", 4096, 1, 64, 32768, 1, 1, 1, true);
+        time("prefill fp8 h128 kv32768 asc", 4096, 1, 128, 32768, 1, 1, 1, true);
     }
     return failures != 0;
 }

@@ -1,5 +1,5 @@
-//! Sparse attention on Hopper: `kernels/attention_sm90.cu`, and for few heads `kernels/attention_few_sm90.cu` (bf16
-//! rows) and `kernels/attention_few_fp8_sm90.cu`.
+//! Sparse attention on Hopper: `kernels/attention_sm90.cu` (bf16 rows), `kernels/attention_fp8_sm90.cu`, and for few
+//! heads `kernels/attention_few_sm90.cu` (bf16 rows) and `kernels/attention_few_fp8_sm90.cu`.
 
 use super::KV_FP8;
 use super::driver::{Gpu, Kernel};
@@ -18,8 +18,8 @@ const HEADS: usize = 64;
 const TOKENS: usize = 64;
 const D_QK: usize = 576;
 const D_V: usize = 512;
-/// `Shared`.
-const WIDE_SHARED: u32 = 222_160;
+/// `Shared`, for bf16 and for fp8.
+const WIDE_SHARED: [u32; 2] = [222_160, 222_032];
 /// Most heads of the kernels for few, and how many of their blocks share a multiprocessor where rows are split.
 const FEW_HEADS: usize = 32;
 const FEW_BLOCKS: usize = 2;
@@ -85,9 +85,10 @@ impl Attention {
     /// The kernels, if there are any for this device.
     pub(super) fn load(gpu: &Arc<Gpu>) -> Result<Option<Self>> {
         const WIDE: &str = "attention_sm90";
+        const WIDE_FP8: &str = "attention_fp8_sm90";
         const FEW: &str = "attention_few_sm90";
         const FEW_FP8: &str = "attention_few_fp8_sm90";
-        if ![WIDE, FEW, FEW_FP8].iter().all(|file| gpu.has(file)) {
+        if ![WIDE, WIDE_FP8, FEW, FEW_FP8].iter().all(|file| gpu.has(file)) {
             return Ok(None);
         }
         let few = |file, name, heads, threads, shared| -> Result<Few> {
@@ -97,8 +98,8 @@ impl Attention {
         let fp8 = |name, heads, stages| few(FEW_FP8, name, heads, 128, fp8_shared(heads, stages));
         Ok(Some(Attention {
             wide: [
-                gpu.kernel(WIDE, c"attention_bf16", WIDE_SHARED)?,
-                gpu.kernel(WIDE, c"attention_fp8", WIDE_SHARED)?,
+                gpu.kernel(WIDE, c"attention_bf16", WIDE_SHARED[0])?,
+                gpu.kernel(WIDE_FP8, c"attention_fp8", WIDE_SHARED[1])?,
             ],
             few: [
                 vec![
@@ -170,7 +171,7 @@ impl Attention {
         let few = self.few[fp8].iter().find(|few| op.heads <= few.heads);
         let (kernel, threads, shared) = match few {
             Some(few) => (&few.kernel, few.threads, few.shared),
-            None => (&self.wide[fp8], WIDE_THREADS, WIDE_SHARED),
+            None => (&self.wide[fp8], WIDE_THREADS, WIDE_SHARED[fp8]),
         };
         let grid = (op.rows.saturating_mul(splits * head_tiles), 1);
         let stream = stream.as_raw();
