@@ -185,6 +185,25 @@ fn measured_calls_are_summed_over_layers() {
     }
 }
 
+/// An indexer whose time says not whose it is is everybody's.
+#[test]
+fn the_indexer_may_be_the_same_for_all() {
+    let mut times = grid();
+    times["times"].as_array_mut().unwrap().retain_mut(|time| {
+        let public = time["by"] == "public";
+        if time["stage"] == "indexer" {
+            time.as_object_mut().unwrap().remove("by");
+        }
+        time["stage"] != "indexer" || !public
+    });
+    let files = Files::new("simulate_by", &times, &config().into());
+    let report = files.estimate(&["--context", "8192"]);
+    for by in ["public", "indexcache"] {
+        let got = stage(arm(&report, "prefill", by, "all-full"), "indexer", "us");
+        near(got, 4.0 * us("indexer", 8192.0, 0.0));
+    }
+}
+
 /// Bytes of a decode step's index K, queries and indices.
 fn select_bytes(requests: f64, context: f64) -> f64 {
     requests * (context * 132.0 + 32.0 * 128.0 + 4.0 * 2048.0)
@@ -472,7 +491,15 @@ fn what_cannot_be_simulated_is_refused() {
         t["times"].as_array_mut().unwrap().push(first);
     });
     says(&again, &config(), "there already");
-    says(&edited(&|t| t["times"][0]["by"] = Value::Null), &config(), "by is missing: indexer");
+    let without = |stage: &str| {
+        edited(&|t| {
+            let times = t["times"].as_array_mut().unwrap();
+            let time = times.iter_mut().find(|time| time["stage"] == stage).unwrap();
+            time["by"] = if time["by"].is_null() { json!("public") } else { Value::Null };
+        })
+    };
+    says(&without("select"), &config(), "by is missing: select");
+    says(&without("moe"), &config(), "by must not be there: moe");
     says(&edited(&|t| t["times"][0]["us"] = json!(0)), &config(), "above 0");
     says(&edited(&|t| t["times"][0]["heads"] = json!(3)), &config(), "must not be there");
     says(&edited(&|t| t["times"][0]["color"] = json!(3)), &config(), "color");
@@ -593,7 +620,7 @@ fn public_kernels_timed_alone_are_added() {
     let files = Files::new("simulate_kernels", &times, &other.into());
     let timed = |section: &str, case: &str, peer: &str, us: f64, wrong: u32| json!({ "section": section, "case": case, "peer": peer, "us": us, "wrong": wrong, "note": "" });
     let (scores, attend) = ("4096 x 8192, 64 heads", "4096 x 64 heads, KV 10240, ascending");
-    let peers = json!({ "runs": [
+    let peers = json!({ "commit": "none", "command": "none", "runs": [
         timed("prefill", scores, "DeepGEMM + fast and wrong", 100.0, 3),
         timed("prefill", scores, "DeepGEMM + right", 700.0, 0),
         timed("prefill", scores, "DeepGEMM + slow", 900.0, 0),
@@ -629,11 +656,8 @@ fn public_kernels_timed_alone_are_added() {
 #[test]
 fn the_guide_s_commands_run() {
     let tiny = std::fs::read(root().join("examples/tiny_dsa/config.json")).unwrap();
-    let mut times = grid();
-    times["arms"] = json!([{
-        "by": "indexcache", "pattern": "FSSS", "phase": "decode", "context": 1024, "rows": 1, "us": 300,
-    }]);
-    let files = Files::new("simulate_guide", &times, &serde_json::from_slice(&tiny).unwrap());
+    let tiny = serde_json::from_slice(&tiny).unwrap();
+    let files = Files::new("simulate_guide", &Value::Null, &tiny);
     let report = std::fs::read(root().join("docs/measured/search/set-0.json")).unwrap();
     let report: Value = serde_json::from_slice(&report).unwrap();
     files.write("result.json", &report["result"]);
@@ -650,4 +674,80 @@ fn the_guide_s_commands_run() {
         let text = String::from_utf8(output.stdout).unwrap();
         assert!(text.contains(shown), "{text}");
     }
+}
+
+fn guide() -> String {
+    std::fs::read_to_string(root().join("docs/simulate.md")).unwrap()
+}
+
+fn measured() -> Value {
+    let path = root().join("docs/measured/stack/times.json");
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+/// The last line of `--check`.
+fn largest_error(files: &Files, times: &Value) -> String {
+    files.write("times.json", times);
+    let (status, text, _) = files.run(&["--check"]);
+    assert_eq!(status, 0);
+    text.lines().last().unwrap().to_owned()
+}
+
+#[test]
+fn the_guide_states_the_error_against_the_measured_arms() {
+    let files = Files::new("simulate_error", &Value::Null, &Value::Null);
+    let all = largest_error(&files, &measured());
+    assert!(guide().contains(&all), "{all}");
+    // Most chunks and contexts left out: what is between them is interpolated.
+    let mut fewer = measured();
+    fewer["times"].as_array_mut().unwrap().retain(|time| {
+        let context = time["context"].as_u64().unwrap_or(1);
+        match time["phase"].as_str() {
+            Some("decode") => ![61440, 122880].contains(&context),
+            _ => context % 8192 != 0 || (context / 8192).is_power_of_two(),
+        }
+    });
+    let fewer = largest_error(&files, &fewer);
+    assert!(guide().contains(&fewer), "{fewer}");
+}
+
+#[test]
+fn the_guide_s_table_is_what_the_committed_times_give() {
+    let mut table = String::new();
+    for (model, config, pattern, gpus) in [
+        ("DeepSeek-V3.2", "deepseek_v32", "1/4", "8"),
+        ("GLM-5.1", "glm_5_1", "1/4", "8"),
+        ("GLM-5.2", "glm_5_2", "its own", "8"),
+        ("DeepSeek-V4-Flash", "deepseek_v4_flash", "1/2", "4"),
+        ("DeepSeek-V4.1-Flash", "deepseek_v4_1_flash", "its own", "8"),
+    ] {
+        let config = root().join(format!("tests/data/configs/{config}.json"));
+        let mut tool = Command::new(env!("CARGO_BIN_EXE_indexcache"));
+        tool.args([
+            "bench",
+            "stack",
+            "--simulate",
+            "--json",
+            "--batch",
+            "16",
+            "--context",
+            "131072",
+        ]);
+        tool.arg("--config").arg(config).args(["--tp", gpus]);
+        if pattern != "its own" {
+            tool.args(["--keep", pattern]);
+        }
+        let report: Value = serde_json::from_slice(&run(&mut tool).stdout).unwrap();
+        let us = |phase, by, layers| arm(&report, phase, by, layers)["us"].as_f64().unwrap();
+        let cells = |phase, unit: f64, digits: usize| {
+            let public = us(phase, "public", "all-full");
+            let [full, shared] = ["all-full", "pattern"].map(|l| us(phase, "indexcache", l));
+            let [a, b, c] = [public, full, shared].map(|us| format!("{:.digits$}", us / unit));
+            format!("{a} | {b} | {c} | {:.2}x", full / shared)
+        };
+        let full = &report["full_layers"];
+        let (prefill, decode) = (cells("prefill", 1e6, 2), cells("decode", 1e3, 1));
+        table += &format!("| {model} | {pattern}, {full} Full | {gpus} | {prefill} | {decode} |\n");
+    }
+    assert!(guide().contains(&table), "{table}");
 }

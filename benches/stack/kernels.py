@@ -2,6 +2,7 @@
 
 They are of `benches/peers.py`, for `indexcache bench stack --simulate`: select and attend at other numbers of heads, ours and
 the fastest public candidate whose result is right. Attention in prefill is over bf16 rows there, without widening them.
+Select in decode is left out: its time is that of reading index K, however many heads there are.
 """
 
 import json
@@ -19,8 +20,6 @@ def shape(section, case):
         # Where every row sees all keys: as many pairs as a chunk this far has under the causal mask.
         context = keys if m[3] else keys + rows // 2
         return {"stage": "select", "phase": "prefill", "rows": rows, "context": context, "heads": heads}
-    if section == "decode" and (m := re.fullmatch(r"(\d+) x (\d+), (\d+) heads", case)):
-        return {"stage": "select", "phase": "decode", "rows": int(m[1]), "context": int(m[2]), "heads": int(m[3])}
     if section == "attend" and (m := re.fullmatch(r"(\d+) x (\d+) heads, KV (\d+), ascending", case)):
         return {"stage": "attend", "phase": "prefill", "rows": int(m[1]), "context": int(m[3]), "heads": int(m[2])}
     if section == "attend decode" and (m := re.fullmatch(r"fp8 (\d+) x 1 queries x (\d+) heads", case)):
@@ -47,8 +46,11 @@ def main():
     kind = lambda time: tuple(time.get(key) for key in ("stage", "phase", "by", "heads"))
     there = {kind(time) for time in file["times"]}
     for report in reports:
-        more = [time for time in points(json.loads(report.read_text())["runs"]) if kind(time) not in there]
-        file["times"] += more
+        peers = json.loads(report.read_text())
+        more = [time for time in points(peers["runs"]) if kind(time) not in there]
+        if more:
+            file["times"] += more
+            file["command"] += f"; other heads: {peers['command']}, commit {peers['commit']}"
     lines = {name: ",\n    ".join(map(json.dumps, file.pop(name))) for name in ("times", "arms")}
     text = json.dumps(file, indent=2)[:-2]
     for name, rows in lines.items():

@@ -18,6 +18,9 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 use times::{By, Phase, Times};
 
+const MEASURED: &[u8] =
+    include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/measured/stack/times.json"));
+
 #[derive(clap::Args)]
 pub struct Args {
     /// Estimate from measured times. (Measuring is done by benches/stack.)
@@ -47,9 +50,9 @@ pub struct Args {
     /// GPUs that share attention heads, experts and MLPs; what they send each other is not counted.
     #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=1024))]
     tp: u32,
-    /// Measured times, as docs/simulate.md describes them.
+    /// Measured times, as docs/simulate.md describes them [default: an H100's, of docs/measured/stack].
     #[arg(long, value_name = "FILE")]
-    times: PathBuf,
+    times: Option<PathBuf>,
     /// Compare with the whole prefills and steps that were measured beside the times.
     #[arg(long, conflicts_with_all = ["config", "pattern", "keep", "search", "context", "batch", "tp"])]
     check: bool,
@@ -59,7 +62,10 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Result<Output, Failure> {
-    let times = Times::read(&read(&args.times)?, &args.times.display().to_string())?;
+    let times = match &args.times {
+        Some(path) => Times::read(&read(path)?, &path.display().to_string())?,
+        None => Times::read(MEASURED, "docs/measured/stack/times.json")?,
+    };
     if args.check {
         return check::run(&times, args.json);
     }

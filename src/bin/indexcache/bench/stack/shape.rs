@@ -47,7 +47,7 @@ impl Stage {
         }
     }
 
-    /// Its time depends on whose kernels run.
+    /// Its time may depend on whose kernels run.
     pub fn has_kernels(self) -> bool {
         matches!(self, Stage::Indexer | Stage::Select | Stage::Attend)
     }

@@ -301,9 +301,12 @@ fn beyond(points: &[(f64, f64, How)], x: f64) -> f64 {
 impl Time {
     fn measured(&self, decoder: &Shape) -> Result<Measured, String> {
         let over_context = self.stage.over_context();
-        if self.by.is_some() != self.stage.has_kernels() {
-            let says = if self.stage.has_kernels() { "is missing" } else { "must not be there" };
-            return Err(format!("by {says}: {}", self.stage.name()));
+        match self.by {
+            None if over_context => return Err(format!("by is missing: {}", self.stage.name())),
+            Some(_) if !self.stage.has_kernels() => {
+                return Err(format!("by must not be there: {}", self.stage.name()));
+            }
+            _ => {}
         }
         if !decoder.has(self.stage) {
             return Err(format!("config has no {}", self.stage.name()));
