@@ -11,6 +11,7 @@ except ImportError:  # No CUDA here: the torch versions are all there is.
     triton = None
 
 EPS = 1e-6
+grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
 
 def norm(x, weight):
@@ -109,7 +110,7 @@ class Torch:
 def grouped(a, w, ends):
     """Rows of `a` in groups that end at `ends`, each by its own matrix of `w` [groups, out, in]."""
     if a.is_cuda:
-        return torch._grouped_mm(a, w.transpose(1, 2), offs=ends.int())
+        return grouped_mm(a, w.transpose(1, 2), offs=ends.int())
     out, start = a.new_empty(len(a), w.shape[1]), 0
     for g, end in enumerate(ends.tolist()):
         out[start:end] = a[start:end] @ w[g].T
@@ -259,12 +260,12 @@ if triton:
         tl.store(weights + r * 8 + j, w)
         ids = tl.reshape(ids, [P])
         p = tl.arange(0, P)
-        mine, other = ids[:, None], ids[None, :]
-        at = tl.sum(((other < mine) | ((other == mine) & (p[None, :] < p[:, None]))).to(tl.int32), 1)
-        tl.store(place + p, at)
-        tl.store(order + at, p)
-        g = tl.arange(0, 2 * E)
-        tl.store(offs + g, tl.sum((other < g[:, None]).to(tl.int32), 1))
+        sorted_pairs = tl.sort(ids * P + p) % P
+        tl.store(order + p, sorted_pairs)
+        tl.store(place + sorted_pairs, p)
+        counts = tl.histogram(ids, 4 * E)
+        g = tl.arange(0, 4 * E)
+        tl.store(offs + g, tl.cumsum(counts, 0) - counts, mask=g < 2 * E)
 
     @triton.jit
     def _experts_up(x, w13, order, offs, h, K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
@@ -364,7 +365,7 @@ if triton:
             rows = len(x)
             if rows > cls.FEW:
                 return super().experts(x, router, p, dims)
-            bp = triton.next_power_of_2(rows)
+            bp = max(16, triton.next_power_of_2(rows))
             pairs, new = bp * 8, dict(device=x.device, dtype=torch.int32)
             place, order = torch.empty(pairs, **new), torch.empty(pairs, **new)
             offs = torch.empty(2 * dims.experts, **new)
