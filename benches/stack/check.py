@@ -19,7 +19,7 @@ def error(got, want):
 def expect(bench, what, value, limit):
     ok = value <= limit
     bench.keep({"kind": "check", "what": what, "value": value, "limit": limit, "ok": ok})
-    if not ok or bench.args.tiny:
+    if not ok or bench.args.tiny or ":" in what:
         print(f"check {what}: {value:.2e} (limit {limit:.0e}){'' if ok else ' FAILED'}", flush=True)
 
 
@@ -166,27 +166,36 @@ def ends(bench):
             outs[name] = (x + delta).float()
             size = float(outs[name].std())
             expect(bench, f"{name} prefill, residual stream is sane: |log2 of its size|", abs(math.log2(size)), 3)
-    agree(bench, f"prefill of {context}", outs, 5e-2)
-    for requests in (1, 3):
+    agree(bench, f"prefill of {context}", outs)
+    for requests in (1, min(16, bench.largest(context))):
         bench.pool.copy_first(bench.pool.tables(requests, context + ROOM))
         outs = {}
-        for name, _, guard in each(bench):
+        for name, arm, guard in each(bench):
             with guard:
-                batch, ids = bench.batch(requests, context), torch.zeros(requests, dtype=torch.long, device=bench.device)
-                for _ in range(3):
-                    outs[name] = bench.step(name, batch, ids).float()
+                outs[name] = bench.step(name, bench.batch(requests, context), bench.first_ids(requests)).float()
                 if bench.device == "cuda":
                     run = bench.capture(name, requests, context)
-                    run.ids.zero_()
-                    run(3)
-                    differ = float((run.ids != ids).float().mean())
-                    expect(bench, f"{name} decode of {requests}, replayed tokens that differ from eager ones", differ, 0)
-        agree(bench, f"decode of {requests}", outs, 5e-2)
+                    run(1)
+                    # Public top-k gives its set in another order each time, so sums round in another way.
+                    limit = 0 if isinstance(arm, arms.Ours) else AGREE
+                    value = typical(run.x, outs[name])
+                    if requests > 1 or not limit:
+                        expect(bench, f"{name} decode of {requests}: replayed and eager", value, limit)
+        if requests > 1:
+            agree(bench, f"decode of {requests}", outs)
 
 
-def agree(bench, what, outs, limit):
-    """Near-ties are broken by rounding, and later layers see that; hence not closer."""
+AGREE = 4e-2
+
+
+def typical(got, want):
+    """The median row's error: a near-tie of a router, broken by rounding, sends a row to another expert."""
+    got, want = got.float(), want.float()
+    return float(((got - want).norm(dim=-1) / want.norm(dim=-1)).median())
+
+
+def agree(bench, what, outs):
     for one in outs:
         for other in outs:
             if one < other and bench.arms[one].pattern == bench.arms[other].pattern:
-                expect(bench, f"{what}: {one} and {other}", error(outs[one], outs[other]), limit)
+                expect(bench, f"{what}: {one} and {other}", typical(outs[one], outs[other]), AGREE)
