@@ -156,16 +156,24 @@ def operators(bench):
 
 
 def ends(bench):
-    """Whole passes: arms of one pattern agree, and a replayed step is the eager one."""
+    """Whole passes keep their size; in the first layers arms of one pattern agree, and a replayed step is the eager one.
+
+    Only the first layers: random routers have near-ties, rounding breaks them, and a row that went to another expert is
+    another row from there on. After 47 layers two runs of the public arm differ by half their size."""
     context = min(max(bench.args.contexts), bench.args.chunk + 1000)
     outs = {}
     for name, _, guard in each(bench):
         with guard:
             torch.manual_seed(3)
             x, delta = bench.prefill(name, context, keep=False)
-            outs[name] = (x + delta).float()
-            size = float(outs[name].std())
+            size = float((x + delta).float().std())
             expect(bench, f"{name} prefill, residual stream is sane: |log2 of its size|", abs(math.log2(size)), 3)
+    bench.model.depth = min(3, bench.dims.layers)
+    for name, _, guard in each(bench):
+        with guard:
+            torch.manual_seed(3)
+            x, delta = bench.prefill(name, context, keep=False)
+            outs[name] = (x + delta).float()
     agree(bench, f"prefill of {context}", outs)
     for requests in (1, min(16, bench.largest(context))):
         bench.pool.copy_first(bench.pool.tables(requests, context + ROOM))
@@ -183,6 +191,7 @@ def ends(bench):
                         expect(bench, f"{name} decode of {requests}: replayed and eager", value, limit)
         if requests > 1:
             agree(bench, f"decode of {requests}", outs)
+    bench.model.depth = bench.dims.layers
 
 
 AGREE = 4e-2

@@ -144,6 +144,7 @@ class Model:
         self.dims, self.device = dims, device
         self.k = glue.kernels(device)
         self.w = weights(dims, device)
+        self.depth = dims.layers  # Layers that `forward` runs: fewer to compare arms before rounding has spread.
         f = torch.arange(dims.rope // 2, device=device, dtype=torch.float64) / (dims.rope // 2)
         angle = torch.arange(longest, device=device, dtype=torch.float64)[:, None] * dims.theta**-f
         self.rope = torch.cat([angle.cos(), angle.sin()], -1).float()
@@ -155,7 +156,7 @@ class Model:
         x, delta = self.w["embed"][tokens], None
         arm.begin(batch)
         mark("head")
-        for layer, p in enumerate(self.w["layers"]):
+        for layer, p in enumerate(self.w["layers"][: self.depth]):
             full = arm.full[layer]
             projections = "projections, Full" if full else "projections, Shared"
             y = k.add_norm(x, delta, p["norm"])
