@@ -70,7 +70,7 @@ def decodes(runs, largest):
     out, rows = {}, [r for r in runs if r["kind"] == "decode"]
     for context in sorted({r["context"] for r in rows}):
         here = [r for r in rows if r["context"] == context]
-        requests = max(r["requests"] for r in here) if largest else 1
+        requests = max(r["requests"] for r in here if r["arm"] == here[0]["arm"]) if largest else 1
         if largest and requests == 1:
             continue
         out[context] = {

@@ -105,8 +105,8 @@ class Bench:
 
     # --- Prefill.
 
-    def prefill(self, name, context, marks=True, keep=True):
-        """One prompt from the first chunk to the next token."""
+    def prefill(self, name, context, keep=True, ends_only=False):
+        """One prompt from the first chunk to the next token. `ends_only`: its first and last chunk, to warm up."""
         arm, model, pool = self.arms[name], self.model, self.pool
         table = pool.tables(1, context + ROOM)
         tokens = by_token(table)
@@ -116,7 +116,8 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
         self.sync()
         begun = time.perf_counter()
-        for start in range(0, context, self.args.chunk):
+        starts = range(0, context, self.args.chunk)
+        for start in starts if not ends_only else dict.fromkeys((starts[0], starts[-1])):
             stop = min(start + self.args.chunk, context)
             pages = -(-stop // PAGE)
             batch = Batch(
@@ -127,7 +128,7 @@ class Bench:
                 longest=stop,
             )
             clock.mark("")
-            x, delta = model.forward(ids[start:stop], batch, arm, pool, clock.mark if marks else lambda stage: None)
+            x, delta = model.forward(ids[start:stop], batch, arm, pool, clock.mark)
             if stop == context:
                 model.next_token(x, delta, slice(-1, None))
             clock.mark("head")
@@ -148,6 +149,8 @@ class Bench:
                 total[k] = total.get(k, 0) + v
         shares = " ".join(f"{k} {v:.0f}" for k, v in sorted(total.items(), key=lambda kv: -kv[1]))
         peak = row.get("peak_bytes", 0) / 1e9
+        if ends_only:
+            return x, delta
         print(f"{self.spent():6.1f}s prefill {name} {context}: {seconds:.3f} s, events {sum(total.values())/1e3:.3f} s,"
               f" peak {peak:.1f} GB; ms: {shares}", flush=True)  # fmt: skip
         return x, delta
@@ -204,11 +207,23 @@ class Bench:
         run.clock, run.graph, run.batch, run.ids, run.x = clock, graph, batch, ids, x
         return run
 
-    def decode(self, context, requests, rounds=7):
+    def decodes(self, context):
+        """One request, the largest batch, and for the simulator some between."""
+        largest = self.largest(context)
+        for requests in sorted({1, largest, *(n for n in self.args.requests if n < largest)}):
+            if requests and not self.late():
+                self.pool.copy_first(self.pool.tables(requests, context + ROOM))
+                some = None if requests in (1, largest) else "ad"
+                self.decode(context, requests, [n for n in self.arms if some is None or n in some])
+
+    def decode(self, context, requests, names, rounds=5):
         runs = {}
-        for name, arm in self.arms.items():
+        choice = None
+        for name in names:
+            arm = self.arms[name]
             if isinstance(arm, arms.Public):
-                arm.decode_topk = self.fastest_topk(arm, requests, context)
+                choice = choice or self.fastest_topk(arm, requests, context)
+                arm.decode_topk = choice
             runs[name] = self.capture(name, requests, context)
         times = {name: [] for name in runs}
         for i in range(rounds + 1):
@@ -327,8 +342,8 @@ def main():
     parser.add_argument("--contexts", nargs="+", type=int, default=[n << 10 for n in (200, 60, 120, 10)])
     parser.add_argument("--arms", nargs="+", default=list("adbec"), help="in the order of their turns")
     parser.add_argument("--only", nargs="+", choices=["check", "prefill", "decode"], default=["check", "prefill", "decode"])
-    parser.add_argument("--requests", nargs="+", type=int, default=[], help="more decode batches, at the last context")
-    parser.add_argument("--repeat", type=int, default=2, help="prompts of each length for each arm")
+    parser.add_argument("--requests", nargs="+", type=int, default=[2, 4, 8, 16], help="more decode batches, of (a) and (d)")
+    parser.add_argument("--repeat", type=int, nargs="+", default=[2, 3, 3, 5], help="prompts of each length for each arm")
     parser.add_argument("--chunk", type=int, default=8192)
     parser.add_argument("--layers", type=int, help="fewer than the model's, for a trial")
     parser.add_argument("--pool", type=int, help="tokens of KV at most")
@@ -344,21 +359,18 @@ def main():
 
             check.run(bench)
         if "prefill" in args.only:
-            for name in bench.arms:
-                bench.prefill(name, min(min(args.contexts), args.chunk + 1808), keep=False)  # Warms up.
-        for context in args.contexts:
-            if "prefill" in args.only:
-                for _ in range(args.repeat):
+            for context in (min(args.contexts), max(args.contexts)):
+                for name in bench.arms:
+                    bench.prefill(name, context, keep=False, ends_only=True)
+        repeat = args.repeat + args.repeat[-1:] * len(args.contexts)
+        for turn in range(max(repeat)):
+            for context, turns in zip(args.contexts, repeat):
+                if turn < turns and "prefill" in args.only:
                     for name in bench.arms:
                         if not bench.late():
                             bench.prefill(name, context)
-            if "decode" in args.only and bench.device == "cuda":
-                largest = bench.largest(context)
-                more = args.requests if context == args.contexts[-1] else []
-                for requests in dict.fromkeys([1, largest, *(n for n in more if n < largest)]):
-                    if requests and not bench.late():
-                        bench.pool.copy_first(bench.pool.tables(requests, context + ROOM))
-                        bench.decode(context, requests, rounds=3 if requests in more else 7)
+                if turn == 0 and "decode" in args.only and bench.device == "cuda":
+                    bench.decodes(context)
         print(f"{bench.spent():.1f} s in all", flush=True)
 
 
