@@ -12,13 +12,27 @@ HALF = "FSFSFSSSSFSFFFFSFFSSFFSFFFSSFFSSFSSSSFSFFFSFSSF"  # The paper's searched
 QUARTER = "FSFSFSSSSFSSSFSSFFSSFSSFSSSSFSSSFSSSSFSSSSSSSSS"
 
 
+class Shared:
+    """Buffers that all arms use in turn."""
+
+    def __init__(self):
+        self.held = {}
+
+    def grown(self, name, size, dtype, device):
+        """Zeros at first; only ever grows, so that a captured graph finds it where it was."""
+        if name not in self.held or self.held[name].numel() < size:
+            self.held.pop(name, None)
+            self.held[name] = torch.zeros(size, dtype=dtype, device=device)
+        return self.held[name]
+
+
 class Arm:
     """What all arms share: buffers, and the writes of both caches, whose bytes are the same for all kernels."""
 
-    def __init__(self, context, dims, pattern, device, rows):
+    def __init__(self, context, dims, pattern, device, rows, kernels, shared):
         self.context, self.dims, self.device, self.pattern = context, dims, device, pattern
         self.full = [c == "F" for c in pattern]
-        self.rows = rows
+        self.rows, self.kernels, self.shared = rows, kernels, shared
 
     def stream(self):
         return torch.cuda.current_stream().cuda_stream if self.device == "cuda" else None
@@ -46,13 +60,11 @@ class Ours(Arm):
     name = "indexcache"
     wide = False
 
-    def __init__(self, context, dims, pattern, device, rows, kernels):
-        super().__init__(context, dims, pattern, device, rows)
-        self.kernels = kernels
+    def __init__(self, context, dims, pattern, device, *others):
+        super().__init__(context, dims, pattern, device, *others)
         plan = ix.Plan.from_pattern(ix.ModelDesc(layers=dims.layers, topk=dims.topk), pattern)
-        self.cache = ix.Cache(context, plan, ix.CacheDesc(max_rows=rows))
+        self.cache = ix.Cache(context, plan, ix.CacheDesc(max_rows=self.rows))
         self.step = 0
-        self.select_space, self.attend_space = (torch.empty(1, dtype=torch.uint8, device=device) for _ in range(2))
 
     def begin(self, batch):
         self.step += 1
@@ -61,15 +73,12 @@ class Ours(Arm):
     def queries(self, rows):
         return torch.empty(rows, self.dims.heads, self.dims.kv_rank + self.dims.rope, dtype=torch.bfloat16, device=self.device)
 
-    def space(self, name, size):
-        """Scratch that only grows."""
-        if getattr(self, name).numel() < size:
-            setattr(self, name, torch.empty(size, dtype=torch.uint8, device=self.device))
-        return getattr(self, name)
+    def space(self, size):
+        return self.shared.grown("workspace", max(size, 1), torch.uint8, self.device)
 
     def select(self, layer, q, w, batch, pages, mark):
         desc = ix.IndexerDesc(q=e4m3(q), weights=w, k=pages, block_table=batch.table, row_end=batch.end)
-        space = self.space("select_space", self.cache.select_workspace(desc))
+        space = self.space(self.cache.select_workspace(desc))
         self.cache.select(0, layer, desc, space, self.stream())
         mark("select")
 
@@ -83,7 +92,7 @@ class Ours(Arm):
             desc = ix.AttentionDesc(
                 q=q, kv=pages, block_table=batch.table, out=out, softmax_scale=self.dims.scale
             )
-        space = self.space("attend_space", self.cache.attend_workspace(desc))
+        space = self.space(self.cache.attend_workspace(desc))
         self.cache.attend(0, layer, desc, space, self.stream())
         mark("attention")
         return out
@@ -101,15 +110,16 @@ class Public(Arm):
     block = 2048  # Rows whose logits are held at once, as servers bound that buffer.
     padded = 64
 
-    def __init__(self, context, dims, pattern, device, rows, kernels):
-        super().__init__(context, dims, pattern, device, rows)
-        self.kernels = kernels
+    def __init__(self, context, dims, pattern, device, *others):
+        super().__init__(context, dims, pattern, device, *others)
         self.dg, self.flash = importlib.import_module("deep_gemm"), importlib.import_module("flash_mla")
         for name in ("flashinfer.topk", "vllm._custom_ops"):
             importlib.import_module(name)
         self.decode_topk = "FlashInfer clusters"
-        self.kept = torch.empty(rows, dims.topk, dtype=torch.int32, device=device)
-        self.q = torch.zeros(rows, self.padded, dims.kv_rank + dims.rope, dtype=torch.bfloat16, device=device)
+        rows, wide = self.rows, dims.kv_rank + dims.rope
+        self.kept = self.shared.grown("kept", rows * dims.topk, torch.int32, device).view(rows, dims.topk)
+        q = self.shared.grown("padded", rows * self.padded * wide, torch.bfloat16, device)
+        self.q = q.view(rows, self.padded, wide)
         self.zeros = torch.zeros(rows, dtype=torch.int32, device=device)
         self.sms = torch.cuda.get_device_properties(0).multi_processor_count
 
@@ -144,6 +154,7 @@ class Public(Arm):
             mark("indexer")
             vllm_per_row(self, logits, batch.end[s], self.kept[s])
             mark("top-k")
+            del logits  # Before the next are made: 1.7 GB at 200K.
 
     def attend(self, layer, q, batch, pages, mark):
         if batch.decode:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import glue
 
 PAGE = 64
-ROOM = 256  # Tokens that a request may grow by.
+ROOM = 64  # Tokens that a request may grow by.
 
 
 @dataclass(frozen=True)

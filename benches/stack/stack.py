@@ -58,13 +58,13 @@ class Bench:
         else:
             capacity = 4 * max(args.contexts)
         self.pool = Pool(dims, min(capacity, args.pool or capacity), self.device)
-        self.arms = {}
+        self.arms, shared = {}, arms.Shared()
         for name in args.arms:
             _, by, plan = ARMS[name[0]]
             kind = arms.Public if by == "public" else arms.Ours
             text = pattern(plan, dims.layers)
             try:
-                self.arms[name] = kind(self.context, dims, text, self.device, args.chunk, self.model.k)
+                self.arms[name] = kind(self.context, dims, text, self.device, args.chunk, self.model.k, shared)
             except Exception as e:
                 print(f"arm {name} left out: {type(e).__name__}: {e}", flush=True)
                 continue
@@ -102,6 +102,21 @@ class Bench:
 
     def late(self):
         return self.args.seconds and self.spent() > self.args.seconds
+
+    def attempt(self, what, call, *args):
+        """One measurement, again if memory ran out by how it was cut up; a failure is written down."""
+        for again in (True, False):
+            if self.late():
+                return
+            try:
+                return call(*args)
+            except RuntimeError as e:
+                print(f"{what}: {type(e).__name__}: {e}"[:300], flush=True)
+                if "out of memory" not in str(e) or not again:
+                    self.keep({"kind": "failed", "what": what, "why": str(e)[:300]})
+                    return
+            self.sync()
+            torch.cuda.empty_cache()
 
     # --- Prefill.
 
@@ -211,10 +226,11 @@ class Bench:
         """One request, the largest batch, and for the simulator some between."""
         largest = self.largest(context)
         for requests in sorted({1, largest, *(n for n in self.args.requests if n < largest)}):
-            if requests and not self.late():
+            if requests:
                 self.pool.copy_first(self.pool.tables(requests, context + ROOM))
                 some = None if requests in (1, largest) else "ad"
-                self.decode(context, requests, [n for n in self.arms if some is None or n in some])
+                names = [n for n in self.arms if some is None or n in some]
+                self.attempt(f"decode {requests} x {context}", self.decode, context, requests, names)
 
     def decode(self, context, requests, names, rounds=5):
         runs = {}
@@ -361,14 +377,13 @@ def main():
         if "prefill" in args.only:
             for context in (min(args.contexts), max(args.contexts)):
                 for name in bench.arms:
-                    bench.prefill(name, context, keep=False, ends_only=True)
+                    bench.attempt(f"warm {name} {context}", bench.prefill, name, context, False, True)
         repeat = args.repeat + args.repeat[-1:] * len(args.contexts)
         for turn in range(max(repeat)):
             for context, turns in zip(args.contexts, repeat):
                 if turn < turns and "prefill" in args.only:
                     for name in bench.arms:
-                        if not bench.late():
-                            bench.prefill(name, context)
+                        bench.attempt(f"prefill {name} {context}", bench.prefill, name, context)
                 if turn == 0 and "decode" in args.only and bench.device == "cuda":
                     bench.decodes(context)
         print(f"{bench.spent():.1f} s in all", flush=True)
