@@ -379,7 +379,7 @@ def main():
                 for name in bench.arms:
                     bench.attempt(f"warm {name} {context}", bench.prefill, name, context, False, True)
         repeat = args.repeat + args.repeat[-1:] * len(args.contexts)
-        for turn in range(max(repeat)):
+        for turn in range(max(1, *repeat)):
             for context, turns in zip(args.contexts, repeat):
                 if turn < turns and "prefill" in args.only:
                     for name in bench.arms:
