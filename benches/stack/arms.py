@@ -71,7 +71,9 @@ class Ours(Arm):
         self.cache.step_begin(0, len(batch.end), self.step)
 
     def queries(self, rows):
-        return torch.empty(rows, self.dims.heads, self.dims.kv_rank + self.dims.rope, dtype=torch.bfloat16, device=self.device)
+        return torch.empty(
+            rows, self.dims.heads, self.dims.kv_rank + self.dims.rope, dtype=torch.bfloat16, device=self.device
+        )
 
     def space(self, size):
         return self.shared.grown("workspace", max(size, 1), torch.uint8, self.device)
@@ -89,9 +91,7 @@ class Ours(Arm):
                 q=q, kv=self.kernels.widen(pages, batch.table[0], batch.longest), out=out, softmax_scale=self.dims.scale
             )
         else:
-            desc = ix.AttentionDesc(
-                q=q, kv=pages, block_table=batch.table, out=out, softmax_scale=self.dims.scale
-            )
+            desc = ix.AttentionDesc(q=q, kv=pages, block_table=batch.table, out=out, softmax_scale=self.dims.scale)
         space = self.space(self.cache.attend_workspace(desc))
         self.cache.attend(0, layer, desc, space, self.stream())
         mark("attention")

@@ -1,5 +1,5 @@
-"""Before anything is timed: the fused kernels against torch, the arms' operators against torch and each other, a captured
-step against an eager one."""
+"""Before anything is timed: the fused kernels against torch, the arms' operators against torch and each other, a
+captured step against an eager one."""
 
 import math
 import traceback
@@ -28,7 +28,9 @@ def run(bench):
     for part in (glue_kernels, operators, ends):
         part(bench)
     checks = [r for r in bench.results if r["kind"] == "check"]
-    print(f"{bench.spent():6.1f}s checks: {len(checks)}, failed: {[r['what'] for r in checks if not r['ok']]}", flush=True)
+    print(
+        f"{bench.spent():6.1f}s checks: {len(checks)}, failed: {[r['what'] for r in checks if not r['ok']]}", flush=True
+    )
 
 
 def each(bench):
@@ -156,7 +158,7 @@ def operators(bench):
 
 
 def ends(bench):
-    """Whole passes keep their size; in the first layers arms of one pattern agree, and a replayed step is the eager one.
+    """Whole passes keep their size; in the first layers arms of one pattern agree, and a replayed step is the eager.
 
     Only the first layers: random routers have near-ties, rounding breaks them, and a row that went to another expert is
     another row from there on. After 47 layers two runs of the public arm differ by half their size."""

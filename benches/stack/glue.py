@@ -99,7 +99,9 @@ class Torch:
         weights = F.pad(weights / weights.sum(-1, keepdim=True), (0, 1), value=1.0)
         ids = F.pad(ids.int(), (0, 1), value=dims.experts)
         by_expert, order = ids.flatten().sort(stable=True)
-        ends = torch.searchsorted(by_expert, torch.arange(dims.experts + 1, device=x.device, dtype=torch.int32), right=True)
+        ends = torch.searchsorted(
+            by_expert, torch.arange(dims.experts + 1, device=x.device, dtype=torch.int32), right=True
+        )
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=x.device)
         h = grouped(x[order // (dims.active + 1)], p["w13"], ends)
@@ -242,7 +244,7 @@ if triton:
 
     @triton.jit
     def _route(logits, rows, place, order, weights, offs, E: tl.constexpr, A: tl.constexpr, BP: tl.constexpr):
-        """Top A of E experts of a few rows, the shared expert as number E; pairs (8 a row, A + 1 used) sorted by expert."""
+        """Top A of E experts of a few rows, the shared one as number E; pairs (8 a row, A + 1 used) by expert."""
         P: tl.constexpr = BP * 8
         r, e = tl.arange(0, BP)[:, None], tl.arange(0, E)[None, :]
         s = tl.sigmoid(tl.load(logits + r * E + e, mask=r < rows, other=0).to(tl.float32))
@@ -268,7 +270,9 @@ if triton:
         tl.store(offs + g, tl.cumsum(counts, 0) - counts, mask=g < 2 * E)
 
     @triton.jit
-    def _experts_up(x, w13, order, offs, h, K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    def _experts_up(
+        x, w13, order, offs, h, K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+    ):
         e, n = tl.program_id(1), tl.program_id(0) * BN + tl.arange(0, BN)
         lo, hi = tl.load(offs + e), tl.load(offs + e + 1)
         gate = w13 + e.to(tl.int64) * 2 * N * K + n[None, :] * K
@@ -284,7 +288,9 @@ if triton:
             tl.store(h + r[:, None] * N + n[None, :], (g * tl.sigmoid(g) * u).to(tl.bfloat16), mask=(r < hi)[:, None])
 
     @triton.jit
-    def _experts_down(h, w2, offs, y, K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    def _experts_down(
+        h, w2, offs, y, K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+    ):
         e, n = tl.program_id(1), tl.program_id(0) * BN + tl.arange(0, BN)
         lo, hi = tl.load(offs + e), tl.load(offs + e + 1)
         w = w2 + e.to(tl.int64) * N * K + n[None, :] * K
@@ -303,7 +309,9 @@ if triton:
         @staticmethod
         def add_norm(x, delta, weight):
             out, n = torch.empty_like(x), x.shape[1]
-            _add_norm[(len(x),)](x, x if delta is None else delta, weight, out, n, triton.next_power_of_2(n), delta is not None)
+            _add_norm[(len(x),)](
+                x, x if delta is None else delta, weight, out, n, triton.next_power_of_2(n), delta is not None
+            )
             return out
 
         @staticmethod

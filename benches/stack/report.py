@@ -98,11 +98,15 @@ def times_table(table, arms, unit, digits, work):
     text += " | ".join(f"({a}) over (a)" for a in arms if a != "a") + " | paper 1/2, 1/4 | largest spread |\n"
     text += "|---" * (2 * len(arms) + 2) + "|\n"
     for context, by in table.items():
-        name = f"{k(context)}K" + (f" x {next(iter(by.values()))['requests']}" if "requests" in next(iter(by.values())) else "")
+        name = f"{k(context)}K" + (
+            f" x {next(iter(by.values()))['requests']}" if "requests" in next(iter(by.values())) else ""
+        )
         values = [cell(by[a]["value"] if a in by else None, digits) for a in arms]
         ratios = [cell(ratio(by, a), 2, "x") for a in arms if a != "a"]
         paper = ", ".join(cell(PAPER[work, a].get(k(context)), 2, "x") for a in "cd")
-        text += " | ".join([f"| {name}", *values, *ratios, paper, f"{100 * max(map(spread, by.values())):.1f} %"]) + " |\n"
+        text += (
+            " | ".join([f"| {name}", *values, *ratios, paper, f"{100 * max(map(spread, by.values())):.1f} %"]) + " |\n"
+        )
     return text + "\n"
 
 
@@ -147,13 +151,24 @@ def markdown(head, runs):
     text += "## Peak memory in prefill, GB\n\n| context | " + " | ".join(f"({a})" for a in arms) + " |\n"
     text += "|---" * (len(arms) + 1) + "|\n"
     for context, by in table.items():
-        text += f"| {k(context)}K | " + " | ".join(f"{by[a]['peak'] / 1e9:.1f}" if a in by else "–" for a in arms) + " |\n"
+        text += (
+            f"| {k(context)}K | " + " | ".join(f"{by[a]['peak'] / 1e9:.1f}" if a in by else "–" for a in arms) + " |\n"
+        )
+    chosen = [r for r in runs if "selection" in r]
+    if chosen:
+        text += "\nWhat the last Full layer chose for rows of a prompt's last chunk (one row in 128 looked at):\n\n"
+        names = list(chosen[0]["selection"])
+        text += f"| context, arm | {' | '.join(names)} |\n" + "|---" * (len(names) + 1) + "|\n"
+        for (context, arm), r in sorted({(r["context"], r["arm"]): r for r in chosen}.items()):
+            cells = [str(v) if isinstance(v, bool) else f"{v:.3f}" for v in r["selection"].values()]
+            text += f"| {k(context)}K ({arm}) | {' | '.join(cells)} |\n"
     checks = [r for r in runs if r["kind"] == "check"]
     failed = [r["what"] for r in checks if not r["ok"]]
     text += f"\nChecks before timing: {len(checks)}, failed: {', '.join(failed) or 'none'}.\n"
-    picked = [f"{r['requests']} x {k(r['context'])}K: {min(r['us'], key=r['us'].get)} ({', '.join(f'{n} {u:.1f}' for n, u in r['us'].items())} µs)"
-              for r in runs if r["kind"] == "top-k"]  # fmt: skip
-    text += "".join(f"\nPublic top-k in decode, the fastest exact one: {p}." for p in dict.fromkeys(picked)) + "\n"
+    text += "\nPublic top-k in decode, all exact; the fastest was taken:\n\n"
+    for r in (r for r in runs if r["kind"] == "top-k"):
+        times = ", ".join(f"{name} {us:.1f}" for name, us in sorted(r["us"].items(), key=lambda item: item[1]))
+        text += f"- {r['requests']} x {k(r['context'])}K: {times} µs\n"
     return text
 
 
@@ -181,7 +196,8 @@ def plots(head, runs, folder):
         axis.set(title=what, xlabel="context, thousands of tokens", ylabel="times as fast as (a)")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
-    figure.suptitle(f"30B DSA model, {head['dims']['layers']} layers, one {head['card'].partition(',')[0]}; (a) is standard DSA on public kernels", fontsize=10)  # fmt: skip
+    what = f"30B DSA model, {head['dims']['layers']} layers, one {head['card'].partition(',')[0]}"
+    figure.suptitle(f"{what}; (a) is standard DSA on public kernels", fontsize=10)
     figure.tight_layout()
     save(figure, folder, "speedup")
 
@@ -195,7 +211,9 @@ def plots(head, runs, folder):
                 base = 0
                 for stage, colour in shades.items():
                     height = 100 * by[arm]["stages"].get(stage, 0) / unit
-                    axis.bar(at, height, bottom=base, color=colour, width=0.85, label=STAGES[stage] if at == 0 else None)
+                    axis.bar(
+                        at, height, bottom=base, color=colour, width=0.85, label=STAGES[stage] if at == 0 else None
+                    )
                     base += height
                 ticks.append(at), names.append(f"{arm}\n{k(context)}K" if arm == arms[len(arms) // 2] else arm)
                 at += 1

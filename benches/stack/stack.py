@@ -1,5 +1,5 @@
-"""The whole decoder of the paper's 30B model with random weights on one GPU: standard DSA on public kernels, the same on
-this library, and IndexCache on both, taking turns in one process.
+"""The whole decoder of the paper's 30B model with random weights on one GPU: standard DSA on public kernels, the same
+on this library, and IndexCache on both, taking turns in one process.
 
     PYTHONPATH=bindings/python/src INDEXCACHE_LIBRARY=target/release/libindexcache.so \\
         python benches/stack/stack.py --out DIR
@@ -7,6 +7,7 @@ this library, and IndexCache on both, taking turns in one process.
 Prefill: whole prompts in chunks, seconds until the next token is known. Decode: steps in CUDA graphs. Results are
 written after every measurement, and `report.py` makes tables and plots of them.
 """
+
 import argparse
 import dataclasses
 import json
@@ -23,7 +24,7 @@ import glue
 import indexcache as ix
 from model import PAGE, ROOM, TINY, Batch, Dims, Model, Pool
 
-RESERVE = 7 << 30  # Bytes left to activations, the public kernels' scores and the graphs.
+RESERVE = 8 << 30  # Bytes left to activations, the public kernels' scores and the graphs.
 STEPS = 8  # Decode steps between two events.
 
 ARMS = {
@@ -79,7 +80,9 @@ class Bench:
             "torch": torch.__version__,
             "dims": dataclasses.asdict(dims),
             "chunk": args.chunk,
-            "arms": {n: {"what": ARMS[n[0]][0], "by": ARMS[n[0]][1], "pattern": a.pattern} for n, a in self.arms.items()},
+            "arms": {
+                n: {"what": ARMS[n[0]][0], "by": ARMS[n[0]][1], "pattern": a.pattern} for n, a in self.arms.items()
+            },
             "pool_tokens": self.pool.pages * PAGE,
             "weights_bytes": sum(t.numel() * t.element_size() for t in tensors(self.model.w)),
             "setup_seconds": round(time.time() - self.started, 1),
@@ -110,7 +113,7 @@ class Bench:
                 return
             try:
                 return call(*args)
-            except RuntimeError as e:
+            except Exception as e:
                 print(f"{what}: {type(e).__name__}: {e}"[:300], flush=True)
                 if "out of memory" not in str(e) or not again:
                     self.keep({"kind": "failed", "what": what, "why": str(e)[:300]})
@@ -157,6 +160,8 @@ class Bench:
         if self.device == "cuda":
             row["peak_bytes"] = torch.cuda.max_memory_allocated()
         if keep:
+            if isinstance(arm, arms.Ours):
+                row["selection"] = selection(arm.indices(self.dims.layers - 1, chunks[-1]["rows"]), batch.end)
             self.keep(row)
         total = {}
         for chunk in chunks:
@@ -335,8 +340,26 @@ class Clock:
         return parts
 
 
+def selection(indices, end):
+    """What the last Full layer chose, for the rows that had a choice: is it a selection as of scores without structure?"""
+    some = torch.linspace(0, len(end) - 2, min(64, len(end) - 1), device=end.device).long()
+    some = some[end[some] > indices.shape[1]]
+    one, other = indices[some].long(), indices[some + 1].long()
+    seen = end[some].unsqueeze(1).double()
+    alike = [torch.isin(a, b).double().mean() for a, b in zip(one, other)]
+    return {
+        "distinct": bool((one.diff(dim=1) > 0).all()),
+        "mean place": float((one / seen).mean()),  # 0.5 of what a row sees, if spread evenly.
+        "spread": float((one / seen).std()),  # 0.29, if spread evenly.
+        "alike with the next row": float(torch.stack(alike).mean()),
+        "of what a row sees": float((indices.shape[1] / seen).mean()),
+    }
+
+
 def by_token(table):
-    return (table.unsqueeze(-1) * PAGE + torch.arange(PAGE, dtype=torch.int32, device=table.device)).view(len(table), -1)
+    return (table.unsqueeze(-1) * PAGE + torch.arange(PAGE, dtype=torch.int32, device=table.device)).view(
+        len(table), -1
+    )
 
 
 def tensors(tree):
@@ -357,9 +380,15 @@ def main():
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for stack.json")
     parser.add_argument("--contexts", nargs="+", type=int, default=[n << 10 for n in (200, 60, 120, 10)])
     parser.add_argument("--arms", nargs="+", default=list("adbec"), help="in the order of their turns")
-    parser.add_argument("--only", nargs="+", choices=["check", "prefill", "decode"], default=["check", "prefill", "decode"])
-    parser.add_argument("--requests", nargs="+", type=int, default=[2, 4, 8, 16], help="more decode batches, of (a) and (d)")
-    parser.add_argument("--repeat", type=int, nargs="+", default=[2, 3, 3, 5], help="prompts of each length for each arm")
+    parser.add_argument(
+        "--only", nargs="+", choices=["check", "prefill", "decode"], default=["check", "prefill", "decode"]
+    )
+    parser.add_argument(
+        "--requests", nargs="+", type=int, default=[2, 4, 8, 16], help="more decode batches, of (a) and (d)"
+    )
+    parser.add_argument(
+        "--repeat", type=int, nargs="+", default=[2, 3, 3, 5], help="prompts of each length for each arm"
+    )
     parser.add_argument("--chunk", type=int, default=8192)
     parser.add_argument("--layers", type=int, help="fewer than the model's, for a trial")
     parser.add_argument("--pool", type=int, help="tokens of KV at most")

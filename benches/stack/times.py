@@ -47,7 +47,11 @@ class Points:
         if by:
             key["by"] = by
         if context:
-            key |= {"context": context, "heads": dims["index_heads" if stage == "select" else "heads"], "topk": dims["topk"]}
+            key |= {
+                "context": context,
+                "heads": dims["index_heads" if stage == "select" else "heads"],
+                "topk": dims["topk"],
+            }
         self.at.setdefault(tuple(key.items()), []).append(us)
 
     def step(self, stages, arm, phase, rows, context, scale):
@@ -64,10 +68,14 @@ class Points:
         if shared:
             own = ms["projections, Shared"] / shared
             self.add(own, "projections", phase, rows)
-            self.add(max(ms["projections, Full"] / full - own, 0) + ms["index writes"] / full, "indexer", phase, rows, by)
+            self.add(
+                max(ms["projections, Full"] / full - own, 0) + ms["index writes"] / full, "indexer", phase, rows, by
+            )
 
     def times(self):
-        return [dict(key) | {"us": round(statistics.median(values), 3)} for key, values in sorted(self.at.items(), key=str)]
+        return [
+            dict(key) | {"us": round(statistics.median(values), 3)} for key, values in sorted(self.at.items(), key=str)
+        ]
 
 
 def main():
@@ -84,7 +92,9 @@ def main():
             points.add(r["chunks"][-1]["stages"]["head"] * 1e3, "head", "prefill", 1)
             key, us = (arm["by"], arm["pattern"], "prefill", r["context"], r["context"]), r["seconds"] * 1e6
         else:
-            scale = r["ms"] / sum(r["stages"].values())  # The marks in the graph take time; the step without them counts.
+            scale = r["ms"] / sum(
+                r["stages"].values()
+            )  # The marks in the graph take time; the step without them counts.
             points.step(r["stages"], arm, "decode", r["requests"], r["context"], scale)
             points.add(r["stages"]["head"] * scale * 1e3, "head", "decode", r["requests"])
             key, us = (arm["by"], arm["pattern"], "decode", r["context"], r["requests"]), r["ms"] * 1e3
