@@ -54,11 +54,7 @@ def e4m3(codes):
 
 
 class Ours(Arm):
-    """`select` and `attend` of the library, straight on the caches' pages. `wide`: in prefill attention reads KV rows
-    that were widened to bf16 first, once a layer and chunk, as the public kernel needs it."""
-
-    name = "indexcache"
-    wide = False
+    """`select` and `attend` of the library, straight on the caches' pages."""
 
     def __init__(self, context, dims, pattern, device, *others):
         super().__init__(context, dims, pattern, device, *others)
@@ -86,12 +82,7 @@ class Ours(Arm):
 
     def attend(self, layer, q, batch, pages, mark):
         out = q.new_empty(len(q), self.dims.heads, self.dims.kv_rank)
-        if self.wide and not batch.decode:
-            desc = ix.AttentionDesc(
-                q=q, kv=self.kernels.widen(pages, batch.table[0], batch.longest), out=out, softmax_scale=self.dims.scale
-            )
-        else:
-            desc = ix.AttentionDesc(q=q, kv=pages, block_table=batch.table, out=out, softmax_scale=self.dims.scale)
+        desc = ix.AttentionDesc(q=q, kv=pages, block_table=batch.table, out=out, softmax_scale=self.dims.scale)
         space = self.space(self.cache.attend_workspace(desc))
         self.cache.attend(0, layer, desc, space, self.stream())
         mark("attention")
@@ -106,7 +97,6 @@ class Ours(Arm):
 class Public(Arm):
     """DeepGEMM's logits, the fastest exact public top-k, FlashMLA with queries padded to 64 heads."""
 
-    name = "public"
     block = 2048  # Rows whose logits are held at once, as servers bound that buffer.
     padded = 64
 

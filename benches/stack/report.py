@@ -122,7 +122,7 @@ def share_table(table, arms):
 
 
 def markdown(head, runs):
-    arms = [a for a in sorted(head["arms"]) if len(a) == 1]
+    arms = sorted(head["arms"])
     text = "".join(f"{key}: {head[key]}\n" for key in ("commit", "command", "card", "torch"))
     text += f"\n{head['dims']['layers']} layers; weights {head['weights_bytes'] / 1e9:.1f} GB, "
     text += f"KV and index K of {head['pool_tokens']} tokens; chunks of {head['chunk']} rows. Arms:\n\n"
@@ -181,7 +181,7 @@ def plots(head, runs, folder):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    arms = [a for a in sorted(head["arms"]) if len(a) == 1]
+    arms = sorted(head["arms"])
     tables = {"prefill": prefills(runs), "decode, 1 request": decodes(runs, False)}
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for axis, (what, table) in zip(axes, tables.items()):

@@ -61,7 +61,7 @@ class Bench:
         self.pool = Pool(dims, min(capacity, args.pool or capacity), self.device)
         self.arms, shared = {}, arms.Shared()
         for name in args.arms:
-            _, by, plan = ARMS[name[0]]
+            _, by, plan = ARMS[name]
             kind = arms.Public if by == "public" else arms.Ours
             text = pattern(plan, dims.layers)
             try:
@@ -69,8 +69,6 @@ class Bench:
             except Exception as e:
                 print(f"arm {name} left out: {type(e).__name__}: {e}", flush=True)
                 continue
-            if name.endswith("w"):
-                self.arms[name].wide = True
         self.results = []
         args.out.mkdir(parents=True, exist_ok=True)
         head = {
@@ -80,9 +78,7 @@ class Bench:
             "torch": torch.__version__,
             "dims": dataclasses.asdict(dims),
             "chunk": args.chunk,
-            "arms": {
-                n: {"what": ARMS[n[0]][0], "by": ARMS[n[0]][1], "pattern": a.pattern} for n, a in self.arms.items()
-            },
+            "arms": {n: {"what": ARMS[n][0], "by": ARMS[n][1], "pattern": a.pattern} for n, a in self.arms.items()},
             "pool_tokens": self.pool.pages * PAGE,
             "weights_bytes": sum(t.numel() * t.element_size() for t in tensors(self.model.w)),
             "setup_seconds": round(time.time() - self.started, 1),
@@ -379,7 +375,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for stack.json")
     parser.add_argument("--contexts", nargs="+", type=int, default=[n << 10 for n in (200, 60, 120, 10)])
-    parser.add_argument("--arms", nargs="+", default=list("adbec"), help="in the order of their turns")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list("adbec"), help="in the order of their turns")
     parser.add_argument(
         "--only", nargs="+", choices=["check", "prefill", "decode"], default=["check", "prefill", "decode"]
     )

@@ -83,7 +83,7 @@ def main():
     head, runs = load(folder / "stack.json")
     points, arms = Points(head), {}
     for r in runs:
-        if r["kind"] not in ("prefill", "decode") or r["arm"] not in "abcde":
+        if r["kind"] not in ("prefill", "decode"):
             continue
         arm = head["arms"][r["arm"]]
         if r["kind"] == "prefill":
