@@ -195,7 +195,7 @@ def plots(head, runs, folder):
         axis.axhline(1, color=COLOURS["a"], linewidth=1)
         axis.set(title=what, xlabel="context, thousands of tokens", ylabel="times as fast as (a)")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    axes[1].legend(fontsize=7, loc="upper left")
     what = f"30B DSA model, {head['dims']['layers']} layers, one {head['card'].partition(',')[0]}"
     figure.suptitle(f"{what}; (a) is standard DSA on public kernels", fontsize=10)
     figure.tight_layout()
