@@ -126,7 +126,7 @@ struct Quarter {
     WarpRows<1> of{3};
 
     __device__ void put(const Attention& p, Shared& sm, const Rows& rows, int first, int tile, int w) {
-            const int tid = opaque(int(threadIdx.x)) % 128, chunk = tid % 8, token = 48 + tid / 8;
+        const int tid = opaque(int(threadIdx.x)) % 128, chunk = tid % 8, token = 48 + tid / 8;
         const int stage = tile % STAGES;
         of.now = of.find(p, rows);
         of.load(rows, first + tile + 1);
@@ -244,21 +244,6 @@ __device__ inline void leave(const AttentionSm90& s, int64_t part, int64_t row, 
     }
 }
 
-// The block's queries; heads that are not there are left as they are. By all but the gathering group.
-__device__ inline void load_queries(const Attention& p, Shared& sm, int64_t row, int head0) {
-    constexpr int COPIES = HEADS * D_QK / 8 / (THREADS - 128);
-#pragma unroll
-    for (int i = 0; i < COPIES; ++i) {
-        const int at = i * (THREADS - 128) + threadIdx.x - 128, head = at / (D_QK / 8), c = at % (D_QK / 8);
-        const bool there = head0 + head < p.heads;
-        const uint16_t* from = static_cast<const uint16_t*>(p.q) + row * p.q_row + (head0 + (there ? head : 0)) * p.q_head;
-        copy16(shared_address(sm.q) + c / 8 * BLOCK_BYTES + swizzled(head, c % 8), from + c * 8, there);
-    }
-    wait_copies<0>();
-    fence_async();
-    named_barrier<THREADS - 128>(2);
-}
-
 __device__ inline void attend(const AttentionSm90& s) {
     extern __shared__ __align__(1024) uint8_t dynamic[];
     Shared& sm = *reinterpret_cast<Shared*>(dynamic);
@@ -290,7 +275,7 @@ __device__ inline void attend(const AttentionSm90& s) {
     } else if (group == 1) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
         const float c = p.softmax_scale * LOG2E;
-        load_queries(p, sm, row, head0);
+        load_queries<THREADS - 128, HEADS>(p, sm.q, row, head0);
         const uint64_t query_base = descriptor(shared_address(sm.q));
         float top[2] = {-CUDART_INF_F, -CUDART_INF_F}, sum[2] = {};
         float x[TOKENS / 2];
@@ -335,7 +320,7 @@ __device__ inline void attend(const AttentionSm90& s) {
         const int w = group - 2;
         Quarter quarter;
         quarter.of.load(rows, first);
-        load_queries(p, sm, row, head0);
+        load_queries<THREADS - 128, HEADS>(p, sm.q, row, head0);
         for (int tile = 0; tile < min(STAGES, tiles); ++tile) quarter.put(p, sm, rows, first, tile, w);
         float o[2][64] = {};  // Columns of the first and the second 128.
         for (int tile = 0; tile < tiles; ++tile) {

@@ -53,21 +53,6 @@ __device__ inline void produce(const Attention& p, Shared& sm, const Rows& rows,
     }
 }
 
-// The block's queries; heads that are not there are left as they are. By all but the gathering group.
-__device__ inline void load_queries(const Attention& p, Shared& sm, int64_t row, int head0) {
-    constexpr int COPIES = HEADS * D_QK / 8 / (THREADS - 128);
-#pragma unroll
-    for (int i = 0; i < COPIES; ++i) {
-        const int at = i * (THREADS - 128) + threadIdx.x - 128, head = at / (D_QK / 8), c = at % (D_QK / 8);
-        const bool there = head0 + head < p.heads;
-        const uint16_t* from = static_cast<const uint16_t*>(p.q) + row * p.q_row + (head0 + (there ? head : 0)) * p.q_head;
-        copy16(shared_address(sm.q) + c / 8 * BLOCK_BYTES + swizzled(head, c % 8), from + c * 8, there);
-    }
-    wait_copies<0>();
-    fence_async();
-    named_barrier<THREADS - 128>(2);
-}
-
 __device__ inline void attend(const AttentionSm90& s) {
     extern __shared__ __align__(1024) uint8_t dynamic[];
     Shared& sm = *reinterpret_cast<Shared*>(dynamic);
@@ -102,7 +87,7 @@ __device__ inline void attend(const AttentionSm90& s) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
         const float c = p.softmax_scale * LOG2E;
         const uint64_t query_base = descriptor(shared_address(sm.q));
-        load_queries(p, sm, row, head0);
+        load_queries<THREADS - 128, HEADS>(p, sm.q, row, head0);
         float top[2] = {-CUDART_INF_F, -CUDART_INF_F}, sum[2] = {};
         for (int tile = 0; tile < tiles; ++tile) {
             const int stage = tile % STAGES;
@@ -188,7 +173,7 @@ __device__ inline void attend(const AttentionSm90& s) {
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
         const int w = group - 2;
-        load_queries(p, sm, row, head0);
+        load_queries<THREADS - 128, HEADS>(p, sm.q, row, head0);
         float o[2][64] = {};  // Columns of the first and the second 128.
         for (int tile = 0; tile < tiles; ++tile) {
             const int stage = tile % STAGES;

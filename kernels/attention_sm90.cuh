@@ -127,6 +127,23 @@ __device__ inline void copy_row(uint32_t tile, int token, int chunk, const uint8
     for (int b = FIRST; b < LAST; ++b) copy16(to + b * BLOCK_BYTES, source + b * 128, from != nullptr);
 }
 
+// The block's queries; heads that are not there are left as they are. By
+// THREADS of a block's, all but the first 128.
+template <int THREADS, int HEADS>
+__device__ inline void load_queries(const Attention& p, uint8_t* q, int64_t row, int head0) {
+    constexpr int COPIES = HEADS * D_QK / 8 / THREADS;
+#pragma unroll
+    for (int i = 0; i < COPIES; ++i) {
+        const int at = i * THREADS + threadIdx.x - 128, head = at / (D_QK / 8), c = at % (D_QK / 8);
+        const bool there = head0 + head < p.heads;
+        const uint16_t* from = static_cast<const uint16_t*>(p.q) + row * p.q_row + (head0 + (there ? head : 0)) * p.q_head;
+        copy16(shared_address(q) + c / 8 * BLOCK_BYTES + swizzled(head, c % 8), from + c * 8, there);
+    }
+    wait_copies<0>();
+    fence_async();
+    named_barrier<THREADS>(2);
+}
+
 // A head's log-sum-exp, written, and what its sums are multiplied by: 0 for a row (or a part) of nothing.
 __device__ inline float finish(const AttentionSm90& s, int64_t part, int64_t row, int head, float top, float total) {
     const Attention& p = s.a;

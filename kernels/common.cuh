@@ -40,6 +40,17 @@ __device__ inline uint8_t f32_to_e4m3(float x) {
     return sign | code;
 }
 
+// Sum over the warp's lanes up to this one, `lane`.
+template <class T, class L>
+__device__ inline T lanes_upto(T x, L lane) {
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        const T other = __shfl_up_sync(~0u, x, d);
+        if (lane >= d) x += other;
+    }
+    return x;
+}
+
 __device__ inline bool finite(float x) { return (__float_as_uint(x) & 0x7fffffff) < 0x7f800000; }
 
 __device__ inline float load_float(const void* p, int type, int64_t i) {

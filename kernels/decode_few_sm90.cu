@@ -248,6 +248,9 @@ KERNEL(SCORE_BLOCK) few_scores_64(PARAMS Decode p, PARAMS sm90::TensorMap k, PAR
 
 namespace {
 
+using sm90::cluster_sync;
+using sm90::of_cta;
+
 constexpr int PICK_THREADS = 512, PICK_WARPS = PICK_THREADS / 32;
 constexpr int CLUSTER = 16;         // As many as a CTA has warps.
 constexpr int RUN = 128;            // A warp's, four neighbours a lane.
@@ -313,25 +316,6 @@ __device__ inline void wait_for_cluster(uint64_t* bar) {
         : "memory");
 }
 
-template <class T>
-__device__ inline T* of_cta(T* x, int rank) {
-    return static_cast<T*>(__cluster_map_shared_rank(x, rank));
-}
-__device__ inline void cluster_sync() {
-    __cluster_barrier_arrive();
-    __cluster_barrier_wait();
-}
-
-// Sum over this lane and those before.
-__device__ inline uint32_t upto(uint32_t x, int lane) {
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-        const uint32_t other = __shfl_up_sync(~0u, x, d);
-        if (lane >= d) x += other;
-    }
-    return x;
-}
-
 // Sum over the threads before this one, of `x`, whose sum over the warp's lanes up to this one is `sum`. After a barrier.
 __device__ inline uint32_t before(PickShared& s, uint32_t x, uint32_t sum) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -345,7 +329,7 @@ __device__ __noinline__ void find_bin(PickShared& s, const uint32_t* bins, int w
     const int top = LEVELS / 4 - 1 - int(threadIdx.x);
     const uint4 n = reinterpret_cast<const uint4*>(bins)[top];
     const uint32_t own = n.x + n.y + n.z + n.w;
-    int above = int(before(s, own, upto(own, threadIdx.x % 32)));
+    int above = int(before(s, own, lanes_upto(own, int(threadIdx.x % 32))));
     if (above < want && want <= above + int(own)) {
         int bin = 4 * top + 3, count = n.w;
         if (above + count < want) above += count, --bin, count = n.z;
@@ -512,15 +496,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __maxnreg__(48) few_topk(PA
         low = min(low, tops[i / 4].rank[i % 4] - 1);  // 0 is none.
         high = max(high, tops[i / 4].rank[i % 4]);
     }
-    low = __reduce_min_sync(~0u, low);
-    high = __reduce_max_sync(~0u, high);
-    if (lane == 0) {
-        atomicMin(&s.low, low);
-        atomicMax(&s.high, high);
-    }
-    __syncthreads();
-    low = s.low + 1;
-    high = s.high;
+    join_range(s.low, s.high, low, high, lane);
     const int shift = max(0, 21 - __clz(high - low));
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -545,7 +521,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __maxnreg__(48) few_topk(PA
         reach |= mask << 4 * u;
     }
     const uint32_t many = __popc(reach);
-    uint32_t to = upto(many, lane), start = 0;
+    uint32_t to = lanes_upto(many, lane), start = 0;
     if (lane == 31) start = atomicAdd(&s.staged, to);
     to += __shfl_sync(~0u, start, 31) - many;
 #pragma unroll 1
@@ -614,7 +590,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __maxnreg__(48) few_topk(PA
 
     // Ascending: how many are in before each run.
     uint4 n = reinterpret_cast<const uint4*>(s.runs)[tid];
-    const uint32_t of_thread = n.x + n.y + n.z + n.w, first = before(s, of_thread, upto(of_thread, lane));
+    const uint32_t of_thread = n.x + n.y + n.z + n.w, first = before(s, of_thread, lanes_upto(of_thread, lane));
     n = make_uint4(first, first + n.x, first + n.x + n.y, first + n.x + n.y + n.z);
     reinterpret_cast<uint4*>(s.runs)[tid] = n;
     __syncthreads();
@@ -636,7 +612,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __maxnreg__(48) few_topk(PA
             unsigned mask = 0;
 #pragma unroll
             for (int c = 0; c < 4; ++c) mask |= unsigned(at(u) + c < length && cut.in(x.rank[c], at(u) + c)) << c;
-            int place = s.runs[run(u)] + upto(__popc(mask), lane) - __popc(mask);
+            int place = s.runs[run(u)] + lanes_upto(uint32_t(__popc(mask)), lane) - __popc(mask);
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
                 if (mask >> c & 1) out[place++] = at(u) + c;

@@ -137,11 +137,7 @@ __device__ inline int plan(const Shared<H>& s, const Decode& p, bool all, int sk
         s.needed[tid] = needed;
         pages = all ? int((p.columns + TILE - 1) / TILE) : needed;
     }
-    int sum = pages;
-    for (int d = 1; d < 32; d *= 2) {
-        const int other = __shfl_up_sync(~0u, sum, d);
-        if (lane >= d) sum += other;
-    }
+    int sum = lanes_upto(pages, lane);
     if (lane == 31) s.totals[warp] = sum;
     __syncthreads();
     sum += __reduce_add_sync(~0u, lane < warp ? s.totals[lane] : 0);
@@ -397,12 +393,7 @@ static_assert(sizeof(SelectShared) == 209568, "decode.rs");
 
 // Sum over the warp's lanes before this one.
 __device__ inline uint32_t lanes_before(uint32_t x, uint32_t& all) {
-    uint32_t sum = x;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-        const uint32_t other = __shfl_up_sync(~0u, sum, d);
-        if (threadIdx.x % 32 >= d) sum += other;
-    }
+    const uint32_t sum = lanes_upto(x, threadIdx.x % 32);
     all = __shfl_sync(~0u, sum, 31);
     return sum - x;
 }
@@ -574,15 +565,7 @@ KERNEL(SELECT_THREADS) decode_topk(PARAMS Decode p) {
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) high = max(high, max(bounds[0].rank[i], bounds[1].rank[i]));
-    low = __reduce_min_sync(~0u, low);
-    high = __reduce_max_sync(~0u, high);
-    if (lane == 0) {
-        atomicMin(&s.low, low);
-        atomicMax(&s.high, high);
-    }
-    __syncthreads();
-    low = s.low + 1;
-    high = s.high;
+    join_range(s.low, s.high, low, high, lane);
 
     int n = direct ? CANDIDATES : (fold ? 4 : 8) * SELECT_THREADS;
     uint2 best = make_uint2(0, 0);  // The k-th best, and its equals.

@@ -191,11 +191,7 @@ __device__ inline void find_bin(Radix& s, int tid, int wanted) {
     int own = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) own += n[i];
-    int above = own;
-    for (int d = 1; d < 32; d *= 2) {
-        const int other = __shfl_up_sync(~0u, above, d);
-        if (tid % 32 >= d) above += other;
-    }
+    int above = lanes_upto(own, tid % 32);
     if (tid % 32 == 31) s.warp_sum[tid / 32] = above;
     sm90::sync<ID, 256>();
     above -= own;
@@ -973,11 +969,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, 3) indexer_finish(PARA
         const int begin = min(words, tid * share), end = min(words, begin + share);
         int own = 0;
         for (int i = begin; i < end; ++i) own += __popc(s.map[skewed(i)]);
-        int upto = own;
-        for (int d = 1; d < 32; d *= 2) {
-            const int other = __shfl_up_sync(~0u, upto, d);
-            if (lane >= d) upto += other;
-        }
+        const int upto = lanes_upto(own, lane);
         if (lane == 31) warp_sum[tid / 32] = upto;
         __syncthreads();
         int before = written + upto - own;

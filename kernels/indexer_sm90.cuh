@@ -11,9 +11,6 @@ __device__ inline void sync() {
     asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
 }
 
-// What ordinary stores wrote to shared memory, for the tensor cores to read.
-__device__ inline void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // A number that all lanes of a warp share, for the compiler to know it, too: uniform registers hold what is made of it.
 __device__ inline int uniform(int x) { return __reduce_max_sync(~0u, x); }
 __device__ inline int uniform_min(int x) { return __reduce_min_sync(~0u, x); }
@@ -57,12 +54,6 @@ __device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" :
 template <int PENDING>
 __device__ inline void copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
-__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING>
-__device__ inline void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
 // d (+)= a * b^T: a e4m3 [64, 32], b e4m3 [256, 32], d f32 [64, 256] over the warpgroup.

@@ -85,6 +85,19 @@ __device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch
 // Returns when the kernel before has ended and its writes are seen.
 __device__ inline void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
+// --- Clusters.
+
+__device__ inline void cluster_sync() {
+    __cluster_barrier_arrive();
+    __cluster_barrier_wait();
+}
+
+// Of the CTA `rank`, what `p` is of this one.
+template <class T>
+__device__ inline T* of_cta(T* p, int rank) {
+    return static_cast<T*>(__cluster_map_shared_rank(p, rank));
+}
+
 // --- wgmma, e4m3 by e4m3 into f32: 64 rows of A by N rows of B, both with 128 bytes of K in rows of 128 bytes, 128-byte
 // swizzle, the tiles on 1024-byte boundaries.
 
@@ -93,6 +106,14 @@ __device__ inline uint32_t descriptor_low(const void* tile) { return (smem(tile)
 __device__ inline uint64_t descriptor(uint32_t low) { return uint64_t(1u << 30 | 1024 >> 4) << 32 | low; }
 
 __device__ inline void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+__device__ inline void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// What ordinary stores wrote to shared memory, for the tensor cores to read.
+__device__ inline void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 template <int T, int N>
 __device__ inline void wgmma_end(float (&d)[T][N]) {

@@ -33,11 +33,7 @@ struct Selection {
                 // Lane l owns bins 255-8l … 248-8l, from the top.
                 int top = 255 - 8 * int(threadIdx.x), own = 0;
                 for (int b = 0; b < 8; ++b) own += histogram[top - b];
-                int upto = own;
-                for (int d = 1; d < 32; d *= 2) {
-                    int other = __shfl_up_sync(~0u, upto, d);
-                    if (threadIdx.x >= d) upto += other;
-                }
+                const int upto = lanes_upto(own, threadIdx.x);
                 int above = upto - own;
                 if (above < wanted && wanted <= upto) {
                     int b = top;

@@ -9,9 +9,13 @@
 //           more. H100, 4096 rows of 131072, f32: 0.79 ms, 2.7 TB/s (one read at 3.1 TB/s: 0.69 ms); rows of 8192 are
 //           bound by instructions. docs/measured/topk has the figures.
 // Tensor cores: none
+#include "sm90.cuh"
 #include "topk.cuh"
 
 namespace {
+
+using sm90::cluster_sync;
+using sm90::of_cta;
 
 constexpr int THREADS = 512, WARPS = THREADS / 32;
 constexpr int QUADS = 4;                   // A thread holds so many groups of four columns,
@@ -77,15 +81,6 @@ struct Row {
         return make_float4(x[0], x[1], x[2], x[3]);
     }
 };
-
-__device__ inline void cluster_sync() {
-    __cluster_barrier_arrive();
-    __cluster_barrier_wait();
-}
-template <class T>
-__device__ inline T* in_block(T* p, unsigned rank) {
-    return static_cast<T*>(__cluster_map_shared_rank(p, rank));
-}
 
 // Ranks above `rank` are in, and the first `ties` equal to it; perhaps ALL.
 struct Bound {
@@ -185,7 +180,7 @@ struct Pick {
             if (threadIdx.x < BINS / 4) {
                 const unsigned peer = threadIdx.x % CLUSTER;
                 const int quad = rank * (BINS / 4 / CLUSTER) + threadIdx.x / CLUSTER;
-                uint4 n = reinterpret_cast<uint4*>(in_block(s.histogram[0], peer))[quad];
+                uint4 n = reinterpret_cast<uint4*>(of_cta(s.histogram[0], peer))[quad];
 #pragma unroll
                 for (int d = 1; d < CLUSTER; d *= 2) {
                     n.x += __shfl_xor_sync(~0u, n.x, d);
@@ -193,7 +188,7 @@ struct Pick {
                     n.z += __shfl_xor_sync(~0u, n.z, d);
                     n.w += __shfl_xor_sync(~0u, n.w, d);
                 }
-                reinterpret_cast<uint4*>(in_block(s.histogram[1], peer))[quad] = n;
+                reinterpret_cast<uint4*>(of_cta(s.histogram[1], peer))[quad] = n;
             }
             cluster_sync();
         } else {
@@ -243,7 +238,7 @@ struct Pick {
 
     // Sum over the blocks before this one; of all in `sum`, the most in `most`. Each caller has a slot of its own.
     __device__ int blocks_before(int slot, int own, int& sum, int& most) {
-        if (threadIdx.x < CLUSTER) *in_block(&s.from[slot][rank], threadIdx.x) = own;
+        if (threadIdx.x < CLUSTER) *of_cta(&s.from[slot][rank], threadIdx.x) = own;
         cluster_sync();
         int before = 0;
         sum = most = 0;
@@ -287,12 +282,7 @@ struct Pick {
     __device__ Places places(uint32_t flags, int slot, int& total) {
         uint32_t n = flags - (flags >> 1 & 0x05050505);
         n = (n & 0x03030303) + (n >> 2 & 0x03030303);
-        uint32_t upto = n;
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-            const uint32_t other = __shfl_up_sync(~0u, upto, d);
-            if (lane >= d) upto += other;
-        }
+        const uint32_t upto = lanes_upto(n, lane);
         const uint32_t quads = __shfl_sync(~0u, upto, 31);
         int before = warps_before(sum_of_bytes(quads), total), sum, most;
         if constexpr (WHOLE && CLUSTER > 1) before += blocks_before(slot, total, sum, most);

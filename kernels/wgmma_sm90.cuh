@@ -6,8 +6,11 @@
 #pragma once
 #include "sm90.cuh"
 
+using sm90::fence_async;
 using sm90::launch_dependents;
 using sm90::wait_for_previous;
+using sm90::wgmma_commit;
+using sm90::wgmma_wait;
 
 constexpr int BLOCK_BYTES = 64 * 128;
 
@@ -41,11 +44,6 @@ __device__ inline uint64_t further(uint64_t descriptor, int bytes) { return desc
 __device__ inline uint32_t swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
 __device__ inline void wgmma_fence() { sm90::wgmma_begin(); }
-__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int GROUPS>
-__device__ inline void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
-}
 
 // Registers that products wrote are not read before this; it stands after the wait.
 template <int N>
@@ -111,9 +109,6 @@ __device__ inline void wgmma(float (&d)[16], uint64_t a, uint64_t b, int add) {
         : F16(d, 0)
         : "l"(a), "l"(b), "r"(add), "n"(TRANSPOSED));
 }
-
-// Ordinary writes to shared memory, seen by the tensor cores after this.
-__device__ inline void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 template <int THREADS>
 __device__ inline void named_barrier(int id) {
