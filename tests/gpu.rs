@@ -120,6 +120,22 @@ impl Gpu {
         out
     }
 
+    fn up_attention(&self, a: &SparseAttentionArgs<'_>) -> SparseAttentionArgs<'static> {
+        SparseAttentionArgs {
+            q: self.up(&a.q),
+            kv: self.up(&a.kv),
+            indices: self.up(&a.indices),
+            form: a.form,
+            map: self.up_map(&a.map),
+            row_topk: self.up_maybe(&a.row_topk),
+            sink: self.up_maybe(&a.sink),
+            softmax_scale: a.softmax_scale,
+            out: self.up(&a.out),
+            lse: self.up_maybe(&a.lse),
+            probs: self.up_maybe(&a.probs),
+        }
+    }
+
     /// Replaces a device tensor's elements.
     fn set<T: Element>(&self, t: &Tensor<'_>, data: &[T]) {
         self.sync();
@@ -1292,15 +1308,7 @@ fn checked_mode_refuses_what_the_cpu_refuses() {
             lse: None,
             probs: None,
         };
-        let dev = SparseAttentionArgs {
-            q: g.up(&args.q),
-            kv: g.up(&args.kv),
-            indices: g.up(&args.indices),
-            map: g.up_map(&args.map),
-            row_topk: g.up_maybe(&args.row_topk),
-            out: g.up(&args.out),
-            ..args
-        };
+        let dev = g.up_attention(&args);
         let (op, on_gpu) = (args.check().unwrap(), dev.check().unwrap());
         let mut ws = vec![0u8; g.cpu.sparse_attention_workspace(&op)];
         let cpu = g.cpu.sparse_attention(&op, Workspace::from(&mut ws[..]), Stream::DEFAULT);
@@ -1455,18 +1463,7 @@ fn attention_agrees() {
                 let op = args.check().unwrap();
                 let mut ws = vec![0u8; g.cpu.sparse_attention_workspace(&op)];
                 g.cpu.sparse_attention(&op, Workspace::from(&mut ws[..]), Stream::DEFAULT).unwrap();
-                let dev = SparseAttentionArgs {
-                    q: g.up(&args.q),
-                    kv: g.up(&args.kv),
-                    indices: g.up(&args.indices),
-                    map: g.up_map(&args.map),
-                    row_topk: g.up_maybe(&args.row_topk),
-                    sink: g.up_maybe(&args.sink),
-                    out: g.up(&args.out),
-                    lse: g.up_maybe(&args.lse),
-                    probs: g.up_maybe(&args.probs),
-                    ..args
-                };
+                let dev = g.up_attention(&args);
                 let op = dev.check().unwrap();
                 g.attend(&op);
                 let (bits, probs_bits) = (g.down(&dev.out), g.down(&dev.probs.unwrap()));
@@ -1559,19 +1556,7 @@ fn captured_attention_serves_other_lengths_and_tables() {
         let mut indices: Vec<i32> = (0..rows * topk).map(|_| rng.below(12 * page) as i32).collect();
         let numbers = [&indices[..], &table, &request, &row_topk];
         let args = fp8_rows(&q, &kv8, numbers, [&mut out, &mut lse, &mut probs]);
-        let dev = SparseAttentionArgs {
-            q: g.up(&args.q),
-            kv: g.up(&args.kv),
-            indices: g.up(&args.indices),
-            map: g.up_map(&args.map),
-            row_topk: g.up_maybe(&args.row_topk),
-            out: g.up(&args.out),
-            lse: g.up_maybe(&args.lse),
-            probs: g.up_maybe(&args.probs),
-            form: args.form,
-            sink: None,
-            softmax_scale: args.softmax_scale,
-        };
+        let dev = g.up_attention(&args);
         let op = dev.check().unwrap();
         let ws = g.workspace(g.gpu.sparse_attention_workspace(&op));
         let graph = Graph::capture(|stream| g.gpu.sparse_attention(&op, ws, stream).unwrap());

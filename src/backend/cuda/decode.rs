@@ -43,10 +43,10 @@ const PICK_SHARED: usize = 75_696;
 const PICK_ROUND: usize = 1 << 15;
 const PICK_ROUND_SHARED: usize = 16 * PICK_THREADS as usize;
 
-/// The kernels; of scores by padded number of heads.
+/// The kernels; of scores for 16, 32 and 64 heads.
 #[derive(Debug)]
 pub(super) struct Decode {
-    scores: [(usize, Kernel); 3],
+    scores: [Kernel; 3],
     topk: Kernel,
     few: Option<Few>,
 }
@@ -54,14 +54,18 @@ pub(super) struct Decode {
 /// Those for a few rows.
 #[derive(Debug)]
 struct Few {
-    scores: [(usize, Kernel); 3],
+    scores: [Kernel; 3],
     /// Positions of a row at most, rows that the device works on at once, and the kernel.
     topk: [(usize, usize, Kernel); 2],
 }
 
 /// The kernel for so many heads.
-fn by_heads(kernels: &[(usize, Kernel); 3], padded: usize) -> Option<&Kernel> {
-    kernels.iter().find(|(heads, _)| *heads == padded).map(|(_, k)| k)
+fn by_heads([k16, k32, k64]: &[Kernel; 3], padded: usize) -> &Kernel {
+    match padded {
+        ..=16 => k16,
+        17..=32 => k32,
+        _ => k64,
+    }
 }
 
 /// Dynamic shared memory of `few_topk`, for rows of up to so many positions.
@@ -87,9 +91,9 @@ impl Few {
         };
         Ok(Some(Few {
             scores: [
-                (16, scores(c"few_scores_16")?),
-                (32, scores(c"few_scores_32")?),
-                (64, scores(c"few_scores_64")?),
+                scores(c"few_scores_16")?,
+                scores(c"few_scores_32")?,
+                scores(c"few_scores_64")?,
             ],
             topk: [topk(PICK_POSITIONS / 2)?, topk(PICK_POSITIONS)?],
         }))
@@ -112,7 +116,7 @@ impl Few {
         params: &mut params::Decode,
         stream: Stream,
     ) -> Result<()> {
-        let Some(kernel) = by_heads(&self.scores, x.padded) else { return Ok(()) };
+        let kernel = by_heads(&self.scores, x.padded);
         let (blocks, rows) = (few_blocks(gpu), params.rows as usize);
         params.stages = small(FEW_STAGES);
         params.tops_row = n(blocks * FEW_BESTS);
@@ -247,9 +251,9 @@ impl Decode {
         let kernel = |name, shared| gpu.kernel("decode_sm90", name, shared);
         Ok(Some(Decode {
             scores: [
-                (16, kernel(c"decode_scores_16", SCORES_SHARED as u32)?),
-                (32, kernel(c"decode_scores_32", SCORES_SHARED as u32)?),
-                (64, kernel(c"decode_scores_64", SCORES_SHARED as u32)?),
+                kernel(c"decode_scores_16", SCORES_SHARED as u32)?,
+                kernel(c"decode_scores_32", SCORES_SHARED as u32)?,
+                kernel(c"decode_scores_64", SCORES_SHARED as u32)?,
             ],
             topk: kernel(c"decode_topk", TOPK_SHARED)?,
             few: Few::load(gpu)?,
@@ -267,7 +271,7 @@ impl Decode {
     ) -> Result<()> {
         let (stages, shared) = x.ring();
         params.stages = small(stages);
-        let Some(kernel) = by_heads(&self.scores, x.padded) else { return Ok(()) };
+        let kernel = by_heads(&self.scores, x.padded);
         let mut q = x.queries(x.queries)?;
         let (keys, q) = ((&raw mut x.keys).cast(), (&raw mut q).cast());
         let mut arguments = [(&raw mut *params).cast(), keys, q];
